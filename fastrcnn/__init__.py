@@ -1,0 +1,22 @@
+"""Faster and Mask R-CNN whose hot path is Triton kernels: nothing to compile, nothing that waits for the device."""
+
+from fastrcnn import weights
+from fastrcnn.config import Conventions, load_config
+from fastrcnn.models import build_model
+from fastrcnn.predictor import Predictor
+from fastrcnn.structures import BoxList, DetectionBatch, ImageBatch, SegmentationMask, TargetBatch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BoxList",
+    "Conventions",
+    "DetectionBatch",
+    "ImageBatch",
+    "Predictor",
+    "SegmentationMask",
+    "TargetBatch",
+    "build_model",
+    "load_config",
+    "weights",
+]

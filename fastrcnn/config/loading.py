@@ -1,0 +1,148 @@
+"""Configuration from YAML files and from `KEY VALUE` pairs, and back to YAML."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastrcnn.config.schema import Config, Section, coerce, key_types, leaves, nearest
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the text names the file or the command line, the key, and what is wanted."""
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[Any] | None = ()) -> Config:
+    """The defaults, then the YAML file `path`, then `overrides`, a flat list KEY VALUE KEY VALUE … .
+
+    A file may name another one with `_BASE_: other.yaml`, relative to itself, which is read before it. Values may be
+    Python literals as text, such as "(480000, 640000)". Raises ConfigError. Setting a dead key gives one warning.
+    """
+    cfg = Config()
+    if path is not None:
+        _merge_file(cfg, Path(path), ())
+    _merge_overrides(cfg, list(overrides or ()))
+    check_config(cfg)
+    defaults = {leaf.path: leaf.default for leaf in leaves(Config()) if leaf.dead}
+    dead = [leaf.path for leaf in leaves(cfg) if leaf.dead and leaf.default != defaults[leaf.path]]
+    if dead:
+        warnings.warn(f"these keys do nothing, as in maskrcnn-benchmark: {', '.join(dead)}", stacklevel=2)
+    return cfg
+
+
+def dump_config(cfg: Config) -> str:
+    """The whole tree as YAML, from which `load_config` makes an equal one."""
+    return yaml.dump(_plain(cfg), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def check_config(cfg: Config) -> None:
+    """Raises ConfigError for values that no model can use, whatever the model."""
+
+    def need(ok: bool, key: str, value: Any, wanted: str) -> None:
+        if not ok:
+            raise ConfigError(f"{key} is {value!r}; it must be {wanted}")
+
+    for name, node in (("SOLVER", cfg.SOLVER), ("TEST", cfg.TEST)):
+        need(node.IMS_PER_BATCH >= 1, f"{name}.IMS_PER_BATCH", node.IMS_PER_BATCH, "at least 1")
+    for name, node in (("ROI_BOX_HEAD", cfg.MODEL.ROI_BOX_HEAD), ("RETINANET", cfg.MODEL.RETINANET)):
+        need(node.NUM_CLASSES >= 2, f"MODEL.{name}.NUM_CLASSES", node.NUM_CLASSES, "at least 2: the background counts")
+    steps = cfg.SOLVER.STEPS
+    need(all(a < b for a, b in pairwise(steps)), "SOLVER.STEPS", steps, "in rising order")
+
+
+def _merge_file(cfg: Config, path: Path, readers: tuple[Path, ...]) -> None:
+    if path.resolve() in readers:
+        raise ConfigError(f"{path}: _BASE_ leads back to this file: {' → '.join(map(str, (*readers, path.resolve())))}")
+    tree = _read(path)
+    base = tree.pop("_BASE_", None)
+    if base is not None:
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: _BASE_: wanted the name of a file, got {type(base).__name__} {base!r}")
+        _merge_file(cfg, path.parent / Path(base).expanduser(), (*readers, path.resolve()))
+    _merge_tree(cfg, cfg, tree, "", str(path))
+
+
+def _read(path: Path) -> dict[Any, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read this configuration file: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise ConfigError(f"{path}, line {mark.line + 1}: broken YAML: {error.problem or error.context}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: broken YAML: {error}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: wanted keys with values, got {type(tree).__name__} {tree!r}")
+    return tree
+
+
+def _merge_tree(cfg: Config, node: Section, tree: Mapping[Any, Any], prefix: str, source: str) -> None:
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        if name not in key_types(type(node)):
+            raise _unknown(cfg, path, source)
+        child = getattr(node, name)
+        if not isinstance(child, Section):
+            _assign(node, name, value, path, source)
+        elif isinstance(value, Mapping):
+            _merge_tree(cfg, child, value, f"{path}.", source)
+        elif value is not None:  # a section with nothing under it changes nothing
+            raise ConfigError(
+                f"{source}: {path} is a section, wanted keys below it, got {type(value).__name__} {value!r}"
+            )
+
+
+def _merge_overrides(cfg: Config, overrides: list[Any]) -> None:
+    source = "command line"
+    if len(overrides) % 2:
+        raise ConfigError(f"{source}: wanted pairs KEY VALUE, but the last key has no value: {overrides[-1]!r}")
+    for path, value in zip(overrides[::2], overrides[1::2], strict=True):
+        node: Any = cfg
+        *sections, name = str(path).split(".")
+        for part in sections:
+            node = getattr(node, part) if isinstance(node, Section) and part in key_types(type(node)) else None
+        if not isinstance(node, Section) or name not in key_types(type(node)):
+            raise _unknown(cfg, str(path), source)
+        if isinstance(child := getattr(node, name), Section):
+            raise ConfigError(
+                f"{source}: {path} is a section; name a key of it, such as {path}.{fields(child)[0].name}"
+            )
+        _assign(node, name, value, str(path), source)
+
+
+def _assign(node: Section, name: str, value: Any, path: str, source: str) -> None:
+    try:
+        value = coerce(value, key_types(type(node))[name])
+    except TypeError as error:
+        raise ConfigError(f"{source}: {path}: {error}") from None
+    if isinstance(value, dict):
+        value = {**getattr(node, name), **value}
+    setattr(node, name, value)
+
+
+def _unknown(cfg: Config, path: str, source: str) -> ConfigError:
+    keys = [leaf.path for leaf in leaves(cfg)]
+    sections = {key.rpartition(".")[0] for key in keys} - {""}
+    return ConfigError(f"{source}: unknown key {path}; the nearest is {nearest(path, [*keys, *sections])}")
+
+
+def _plain(node: Section) -> dict[str, Any]:
+    values = {f.name: getattr(node, f.name) for f in fields(node)}
+    return {name: _plain(value) if isinstance(value, Section) else value for name, value in values.items()}
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_representer(
+    tuple, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
+)

@@ -1,0 +1,89 @@
+"""What all datasets share: the error for bad files, reading images, counting bad annotations, a base class for your own."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
+
+logger = logging.getLogger(__name__)
+
+
+class DataError(ValueError):
+    """A dataset that cannot be used: the message names the file, the image and what is wrong."""
+
+
+def read_image(path: Path, image_id: Any, size: tuple[int, int]) -> Image.Image:
+    """The decoded RGB image, which must have size (width, height); DataError otherwise."""
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except FileNotFoundError:
+        raise DataError(f"image file {path} (image id {image_id}) does not exist") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises SyntaxError on broken PNGs
+        raise DataError(f"image file {path} (image id {image_id}) cannot be read: {error}") from None
+    if image.size != size:
+        raise DataError(
+            f"image file {path} (image id {image_id}) is {image.width}x{image.height}; "
+            f"its annotations are for {size[0]}x{size[1]}"
+        )
+    return image
+
+
+def read_image_size(path: Path, image_id: Any) -> tuple[int, int]:
+    """(width, height) from the header of an image file."""
+    try:
+        with Image.open(path) as file:
+            return file.size
+    except FileNotFoundError:
+        raise DataError(
+            f"image file {path} (image id {image_id}) does not exist, and the annotations do not give its size"
+        ) from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise DataError(f"image file {path} (image id {image_id}) cannot be read: {error}") from None
+
+
+class BadAnnotations:
+    """Counts the annotations that a dataset skips, by reason, and says so once."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    def add(self, reason: str, where: str) -> None:
+        self.counts[reason] += 1
+        self.examples.setdefault(reason, where)
+
+    def warn(self, source: Path) -> None:
+        if self.counts:
+            reasons = "; ".join(f"{n} with {why} (first: {self.examples[why]})" for why, n in self.counts.most_common())
+            logger.warning("%s: %d bad annotations skipped: %s", source, self.counts.total(), reasons)
+
+
+class AbstractDataset(Dataset):
+    """A base for your own dataset: name the classes, give `__getitem__`, `__len__` and `get_img_info`.
+
+    `__getitem__(i)` returns (image, BoxList, i), after `self.transforms(image, boxlist)`; the BoxList has the field
+    labels, int64, 1..K; `get_img_info(i)` returns {"height": …, "width": …} without decoding the image.
+    """
+
+    CLASSES: ClassVar[tuple[str, ...]] = ("__background__",)
+
+    def __init__(self) -> None:
+        self.initMaps()
+
+    def initMaps(self) -> None:
+        """name_to_id and id_to_name from CLASSES, whose first entry is the background."""
+        if not self.CLASSES or self.CLASSES[0] != "__background__":
+            raise DataError(f"{type(self).__name__}.CLASSES must begin with '__background__'; got {self.CLASSES}")
+        self.name_to_id = {name: index for index, name in enumerate(self.CLASSES)}
+        self.id_to_name = dict(enumerate(self.CLASSES))
+
+    @property
+    def categories(self) -> dict[int, str]:
+        """Contiguous id (1..K) → name."""
+        return {index: name for index, name in enumerate(self.CLASSES) if index > 0}

@@ -1,0 +1,218 @@
+"""From datasets to batches: which images, in which process, in which order, made of which random numbers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastrcnn.data.catalog import build_dataset
+from fastrcnn.data.datasets import ConcatDataset, DataError
+from fastrcnn.data.samplers import DistributedSampler, GroupedBatchSampler, IterationBasedBatchSampler
+from fastrcnn.data.transforms import build_transforms
+from fastrcnn.structures import BoxList, ImageBatch, TargetBatch
+
+
+class Loader:
+    """An iterable of batches with `dataset` and `dataset_name`. A bad file raises its DataError here, also when a worker
+    process met it."""
+
+    def __init__(self, batches: DataLoader, dataset: Any, dataset_name: str) -> None:
+        self.batches = batches
+        self.dataset = dataset
+        self.dataset_name = dataset_name
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def make_data_loader(
+    cfg: Any, is_train: bool, start_iter: int = 0, rank: int = 0, world_size: int = 1
+) -> Loader | list[Loader]:
+    """For training one Loader of (ImageBatch, TargetBatch, ids) over all of DATASETS.TRAIN, from iteration start_iter to
+    SOLVER.MAX_ITER; for testing one Loader of (ImageBatch, ids) for each of DATASETS.TEST.
+
+    Of world_size processes each gets its own part: in training equal ones, in testing every image once. Order and
+    augmentation depend on SEED, iteration and image alone: not on the number of workers, nor on where a run resumed.
+    Without a seed (−1) one process draws one from the clock and several, which must agree, use 0.
+    """
+    key = "DATASETS.TRAIN" if is_train else "DATASETS.TEST"
+    names = cfg.DATASETS.TRAIN if is_train else cfg.DATASETS.TEST
+    if not names:
+        raise DataError(f"{key} is empty: name at least one dataset")
+    batch_size = images_per_process(cfg, is_train, world_size)
+    transforms = build_transforms(cfg, is_train)
+    datasets = [build_dataset(cfg, name, is_train, transforms) for name in names]
+    for name, dataset in zip(names, datasets, strict=True):
+        check_num_classes(cfg, name, dataset)
+    seed = cfg.SEED
+    if seed < 0:
+        seed = time.time_ns() % 2**31 if world_size == 1 else 0
+    if is_train:
+        dataset = datasets[0] if len(datasets) == 1 else ConcatDataset(datasets)
+        sampler = DistributedSampler(len(dataset), world_size, rank, shuffle=True, seed=seed)
+        groups = [0] * len(dataset)
+        if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+            groups = [int(ratio >= 1) for ratio in _aspect_ratios(dataset)]
+        batches = GroupedBatchSampler(sampler, groups, batch_size)
+        batches = IterationBasedBatchSampler(batches, cfg.SOLVER.MAX_ITER, start_iter)
+        return _loader(cfg, dataset, "+".join(names), batches, True, start_iter, seed)
+    loaders = []
+    for name, dataset in zip(names, datasets, strict=True):
+        order = list(range(len(dataset)))
+        if cfg.DATALOADER.ASPECT_RATIO_GROUPING:  # images of like shape need less padding
+            order.sort(key=_aspect_ratios(dataset).__getitem__)
+        mine = order[rank::world_size]
+        batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+        loaders.append(_loader(cfg, dataset, name, batches, False, 0, seed))
+    return loaders
+
+
+def images_per_process(cfg: Any, is_train: bool, world_size: int) -> int:
+    """SOLVER.IMS_PER_BATCH or TEST.IMS_PER_BATCH, divided by the number of processes, which must come out even."""
+    key = "SOLVER.IMS_PER_BATCH" if is_train else "TEST.IMS_PER_BATCH"
+    images = cfg.SOLVER.IMS_PER_BATCH if is_train else cfg.TEST.IMS_PER_BATCH
+    if images < 1 or images % world_size:
+        raise DataError(f"{key} is {images}; it must be a multiple of the number of processes, {world_size}")
+    return images // world_size
+
+
+def _classes_key(cfg: Any) -> tuple[str, int] | None:
+    """The key that tells the number of classes, and the number; None for a model without classes."""
+    if cfg.MODEL.RPN_ONLY:
+        return None
+    if cfg.MODEL.RETINANET_ON:
+        return "MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES
+    return "MODEL.ROI_BOX_HEAD.NUM_CLASSES", cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES
+
+
+def check_num_classes(cfg: Any, name: str, dataset: Any) -> None:
+    """DataError unless the model has the dataset's categories and the background."""
+    wanted = _classes_key(cfg)
+    if wanted is None or not hasattr(dataset, "categories"):
+        return
+    key, number = wanted
+    if number != len(dataset.categories) + 1:
+        raise DataError(
+            f"{key} is {number}; dataset {name!r} has {len(dataset.categories)} categories, "
+            f"so it must be {len(dataset.categories) + 1} (with the background)"
+        )
+
+
+def _aspect_ratios(dataset: Any) -> list[float]:
+    infos = (dataset.get_img_info(index) for index in range(len(dataset)))
+    return [info["height"] / info["width"] for info in infos]
+
+
+def _loader(
+    cfg: Any, dataset: Any, name: str, batches: Iterable[list[int]], is_train: bool, start_iter: int, seed: int
+) -> Loader:
+    workers = cfg.DATALOADER.NUM_WORKERS
+    loader = DataLoader(
+        _Samples(dataset, name, seed, _classes_key(cfg)),
+        batch_sampler=_Numbered(batches, start_iter),
+        num_workers=workers,
+        collate_fn=_Collator(cfg, name, is_train),
+        pin_memory=torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu",
+        persistent_workers=workers > 0,
+        generator=torch.Generator().manual_seed(seed),  # of the workers' own seeds, for datasets with other generators
+    )
+    return Loader(loader, dataset, name)
+
+
+class _Numbered:
+    """Batches of (number of the batch, index of the image)."""
+
+    def __init__(self, batches: Iterable[list[int]], start: int) -> None:
+        self.batches = batches
+        self.start = start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for number, batch in enumerate(self.batches, self.start):
+            yield [(number, index) for index in batch]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class _Samples(Dataset):
+    """A dataset as the loader reads it: each sample with its own seed, checked; a DataError is returned, not raised, as
+    it would come out of a worker process wrapped in that one's stack trace."""
+
+    def __init__(self, dataset: Any, name: str, seed: int, classes: tuple[str, int] | None) -> None:
+        self.dataset = dataset
+        self.name = name
+        self.seed = seed
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, BoxList, int, tuple[int, int]] | DataError:
+        number, index = place
+        state = torch.get_rng_state()
+        sample_seed = np.random.SeedSequence([self.seed, number, index]).generate_state(1)[0]
+        torch.default_generator.manual_seed(int(sample_seed))
+        try:
+            image, target, _ = self.dataset[index]
+            info = self.dataset.get_img_info(index)
+            self._check(index, image, target)
+        except DataError as error:
+            return error
+        finally:
+            torch.set_rng_state(state)
+        return image, target, index, (int(info["height"]), int(info["width"]))
+
+    def _check(self, index: int, image: Any, target: Any) -> None:
+        where = f"dataset {self.name!r}, item {index}"
+        if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+            shape = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            raise DataError(f"{where}: the image is {shape}; want uint8 [3, h, w], as `transforms` gives it")
+        if not isinstance(target, BoxList) or not target.has_field("labels"):
+            raise DataError(f"{where}: the target is {target!r}; want a BoxList with the field labels")
+        if not target.bbox.isfinite().all():
+            raise DataError(f"{where}: a box has NaN or infinity: {target.bbox.tolist()}")
+        labels = torch.as_tensor(target.get_field("labels"))
+        key, number = self.classes or ("", torch.iinfo(torch.int64).max)
+        if len(labels) and not (labels.min() >= 1 and labels.max() < number):
+            raise DataError(f"{where}: labels are {labels.tolist()}; want 1 to {key} - 1 = {number - 1}")
+
+
+class _Collator:
+    """Samples → (ImageBatch, TargetBatch, ids), in testing (ImageBatch, ids)."""
+
+    def __init__(self, cfg: Any, name: str, is_train: bool) -> None:
+        self.cfg = cfg
+        self.name = name
+        self.is_train = is_train
+        self.fields = ["labels", "iscrowd"]
+        self.fields += ["masks"] if cfg.MODEL.MASK_ON else []
+        self.fields += ["keypoints"] if cfg.MODEL.KEYPOINT_ON else []
+
+    def __call__(self, samples: list[Any]) -> Any:
+        for sample in samples:
+            if isinstance(sample, DataError):
+                return sample
+        images, targets, ids, original_sizes = zip(*samples, strict=True)
+        batch = ImageBatch.from_tensors(images, original_sizes, self.cfg)
+        if not self.is_train:
+            return batch, ids
+        for index, target in zip(ids, targets, strict=True):
+            for field in self.fields[2:]:
+                if len(target) and not target.has_field(field):
+                    key = "MODEL.MASK_ON" if field == "masks" else "MODEL.KEYPOINT_ON"
+                    return DataError(f"{key} is set, but dataset {self.name!r} has no {field} (item {index})")
+        # only what the model learns from: unused outlines would cost copies, and their sizes new shapes
+        targets = [target.copy_with_fields(self.fields, skip_missing=True).clip_to_image() for target in targets]
+        return batch, TargetBatch.from_boxlists(targets, batch), ids

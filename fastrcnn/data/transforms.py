@@ -1,0 +1,107 @@
+"""What happens to an image and its boxes before they are batched.
+
+Every transform is a callable (PIL RGB image, BoxList) → (image, BoxList); the last one makes a tensor. All randomness
+comes from torch's generator, which the loader seeds for each sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import ColorJitter as TorchColorJitter
+from torchvision.transforms.v2 import functional as F
+
+from fastrcnn.structures import FLIP_LEFT_RIGHT, FLIP_TOP_BOTTOM, BoxList, scaled_size
+
+Transform = Callable[[Any, BoxList], tuple[Any, BoxList]]
+
+
+class Compose:
+    """Transforms one after another."""
+
+    def __init__(self, transforms: Sequence[Transform]) -> None:
+        self.transforms = list(transforms)
+
+    def __call__(self, image: Any, target: BoxList) -> tuple[Any, BoxList]:
+        for transform in self.transforms:
+            image, target = transform(image, target)
+        return image, target
+
+
+class ColorJitter:
+    """torchvision's random change of brightness, contrast, saturation and hue."""
+
+    def __init__(
+        self, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0
+    ) -> None:
+        self.jitter = TorchColorJitter(brightness, contrast, saturation, hue)
+
+    def __call__(self, image: Image.Image, target: BoxList) -> tuple[Image.Image, BoxList]:
+        return self.jitter(image), target
+
+
+class Resize:
+    """The shorter side becomes min_size (one of several, drawn for each image), unless the longer would pass max_size."""
+
+    def __init__(self, min_size: int | Sequence[int], max_size: int) -> None:
+        self.min_size = [min_size] if isinstance(min_size, int) else list(min_size)
+        self.max_size = max_size
+
+    def __call__(self, image: Image.Image, target: BoxList) -> tuple[Image.Image, BoxList]:
+        chosen = 0 if len(self.min_size) == 1 else int(torch.randint(len(self.min_size), ()))
+        height, width = scaled_size(image.height, image.width, self.min_size[chosen], self.max_size)
+        height, width = max(height, 1), max(width, 1)
+        return image.resize((width, height), Image.Resampling.BILINEAR), target.resize((width, height))
+
+
+class RandomHorizontalFlip:
+    """Left and right swapped with the given probability."""
+
+    def __init__(self, probability: float = 0.5) -> None:
+        self.probability = probability
+
+    def __call__(self, image: Image.Image, target: BoxList) -> tuple[Image.Image, BoxList]:
+        if torch.rand(()) < self.probability:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            target = target.transpose(FLIP_LEFT_RIGHT)
+        return image, target
+
+
+class RandomVerticalFlip:
+    """Top and bottom swapped with the given probability."""
+
+    def __init__(self, probability: float = 0.5) -> None:
+        self.probability = probability
+
+    def __call__(self, image: Image.Image, target: BoxList) -> tuple[Image.Image, BoxList]:
+        if torch.rand(()) < self.probability:
+            image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+            target = target.transpose(FLIP_TOP_BOTTOM)
+        return image, target
+
+
+class ToTensor:
+    """PIL RGB → uint8 [3, h, w]; the model's normalisation comes with the batch."""
+
+    def __call__(self, image: Image.Image, target: BoxList) -> tuple[Tensor, BoxList]:
+        return F.pil_to_tensor(image), target
+
+
+def build_transforms(cfg: Any, is_train: bool) -> Compose:
+    """The transforms that cfg.INPUT asks for; for testing only the resizing."""
+    wanted = cfg.INPUT
+    if not is_train:
+        return Compose([Resize(wanted.MIN_SIZE_TEST, wanted.MAX_SIZE_TEST), ToTensor()])
+    return Compose(
+        [
+            ColorJitter(wanted.BRIGHTNESS, wanted.CONTRAST, wanted.SATURATION, wanted.HUE),
+            Resize(wanted.MIN_SIZE_TRAIN, wanted.MAX_SIZE_TRAIN),
+            RandomHorizontalFlip(wanted.HORIZONTAL_FLIP_PROB_TRAIN),
+            RandomVerticalFlip(wanted.VERTICAL_FLIP_PROB_TRAIN),
+            ToTensor(),
+        ]
+    )

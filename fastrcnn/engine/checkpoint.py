@@ -1,0 +1,170 @@
+"""Checkpoints that survive: written atomically, read without running code, found again after a crash.
+
+A file holds {"model", "optimizer", "scheduler", "scaler", "iteration", "config" (YAML), "conventions" (name),
+"categories" (contiguous id → name)}. The folder's `last_checkpoint` is a text file with the name of the newest one.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import torch
+from torch import nn
+
+from fastrcnn.engine import distributed
+
+logger = logging.getLogger("fastrcnn")
+LAST = "last_checkpoint"
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Calls `write(file)` on a binary file that takes the name `path` only when it is complete and on disk.
+
+    Whatever happens before that moment leaves an older file of that name as it was.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the new name is on disk only when the folder is
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The contents of a checkpoint file, tensors on the CPU. No code of the file is run.
+
+    Raises FileNotFoundError, or ValueError naming the file when it is damaged or no checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a different type for each kind of damage
+        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(contents, dict) or not isinstance(contents.get("model"), dict):
+        raise ValueError(f"{path} is not a checkpoint of this program: it has no 'model'")
+    return contents
+
+
+def exists_in(folder: str | Path) -> bool:
+    """Whether a run has left checkpoints in the folder."""
+    return any(True for _ in candidates(folder))
+
+
+def candidates(folder: str | Path) -> Iterator[Path]:
+    """The checkpoint files of a folder, the one to resume from first: last_checkpoint's, then by falling iteration,
+    then model_final."""
+    folder = Path(folder)
+    pointer = folder / LAST
+    last = folder / Path(pointer.read_text(encoding="utf-8").strip()).name if pointer.is_file() else None
+    if last is not None and last.is_file():
+        yield last
+    numbered = (p for p in folder.glob("model_*.pth") if re.fullmatch(r"model_\d+\.pth", p.name))
+    for path in [*sorted(numbered, key=lambda p: int(p.stem[6:]), reverse=True), folder / "model_final.pth"]:
+        if path != last and path.is_file():
+            yield path
+
+
+def read_last(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of the folder that can be read, and its contents; None where there is none.
+
+    A damaged file is passed over with a warning; ValueError when all are damaged.
+    """
+    damage = []
+    for path in candidates(folder):
+        try:
+            return path, read(path)
+        except ValueError as error:
+            logger.warning("%s; trying the one before it", error)
+            damage.append(path.name)
+    if damage:
+        raise ValueError(f"no checkpoint in {folder} can be read: {', '.join(damage)}")
+    return None
+
+
+def find(path: str | Path) -> Path:
+    """The checkpoint file that a path means: itself, or for a folder its newest one. FileNotFoundError where there is
+    none."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    newest = next(candidates(path), None) if path.is_dir() else None
+    if newest is None:
+        raise FileNotFoundError(f"no checkpoint at {path}: wanted a .pth file, or a folder that tools/train.py wrote")
+    return newest
+
+
+class Checkpointer:
+    """Saves and restores what a training run needs to go on: model, optimizer, scheduler and gradient scaler.
+
+    extra: further entries of the file, of plain types. Only rank 0 writes.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Stateful,
+        scaler: Stateful,
+        extra: dict[str, Any] | None = None,
+    ):
+        self.folder = Path(folder)
+        self.parts = {
+            "model": distributed.unwrap(model),
+            "optimizer": optimizer,
+            "scheduler": scheduler,
+            "scaler": scaler,
+        }
+        self.extra = extra or {}
+
+    def save(self, iteration: int, name: str | None = None) -> Path:
+        """Writes model_{iteration:07d}.pth, or `name`, and points last_checkpoint at it."""
+        path = self.folder / (name or f"model_{iteration:07d}.pth")
+        if distributed.is_main():
+            contents = {key: part.state_dict() for key, part in self.parts.items()}
+            contents |= {"iteration": iteration, **self.extra}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lambda file: torch.save(contents, file))
+            write_atomically(self.folder / LAST, lambda file: file.write(f"{path.name}\n".encode()))
+            logger.info("wrote %s", path)
+        return path
+
+    def restore(self, contents: dict[str, Any]) -> int:
+        """Puts the contents of a file back and returns its iteration.
+
+        Learning rate, momentum and decay stay as they are configured now; the file gives the state that training made.
+        """
+        missing = [key for key in (*self.parts, "iteration") if key not in contents]
+        if missing:
+            raise ValueError(f"the checkpoint cannot be resumed from: it has no {', '.join(missing)}")
+        for key, part in self.parts.items():
+            if key == "scaler" and not contents[key]:
+                continue  # the file is of a run without float16
+            settings = [{k: v for k, v in g.items() if k != "params"} for g in getattr(part, "param_groups", ())]
+            try:
+                part.load_state_dict(contents[key])
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise ValueError(f"the checkpoint's {key} does not fit this configuration: {error}") from error
+            for group, kept in zip(getattr(part, "param_groups", ()), settings, strict=True):
+                group.update(kept)
+        return contents["iteration"]

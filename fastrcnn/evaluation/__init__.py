@@ -1,0 +1,128 @@
+"""Detections against ground truth: COCO's and PASCAL VOC's measures.
+
+`evaluate` picks by what the dataset offers: `coco` (a pycocotools COCO), `get_groundtruth(i)` (VOC), or its targets.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastrcnn.evaluation.coco import coco_from_targets, evaluate_coco, evaluate_proposals, image_id_of, to_coco_results
+from fastrcnn.evaluation.masks import encode_masks
+from fastrcnn.evaluation.voc import evaluate_voc
+from fastrcnn.structures import BoxList
+
+__all__ = [
+    "check_expected_results",
+    "encode_masks",
+    "evaluate",
+    "evaluate_coco",
+    "evaluate_proposals",
+    "evaluate_voc",
+    "to_coco_results",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(
+    dataset: Any,
+    predictions: Mapping[int, BoxList],
+    output_folder: Path | str | None,
+    iou_types: Sequence[str] = ("bbox",),
+    expected_results: Sequence[tuple[str, str, tuple[float, float]]] = (),
+    sigma_tol: float = 4,
+    box_only: bool = False,
+    use_07_metric: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Measures per task, {"bbox": {"AP": …, "AP50": …, "AP/<class>": …}, "segm": …}; logged as a table.
+
+    `predictions`: by index of the dataset, in pixels of the original images, fields as `to_coco_results` says. An image
+    without prediction counts as one with no detections. A dataset with `coco` gets COCO's measures; one with
+    `get_groundtruth` VOC's (`use_07_metric`: see `evaluate_voc`), boxes only; the targets of any other are turned into
+    COCO's form. `box_only` measures the recall of proposals, {"box_proposal": {"AR@100": …}}, and nothing else.
+    Writes the results ({bbox,segm,keypoints}.json, VOC: result.txt) into `output_folder` unless it is None.
+    `expected_results`, [task, metric, [mean, deviation]], are checked within `sigma_tol` deviations.
+    """
+    _check_frames(dataset, predictions)
+    folder = None if output_folder is None else Path(output_folder)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    measures: dict[str, dict[str, float]] = {}
+    if hasattr(dataset, "get_groundtruth") and not hasattr(dataset, "coco") and not box_only:
+        if skipped := [task for task in iou_types if task != "bbox"]:
+            logger.warning(
+                "a dataset with get_groundtruth() is evaluated by its boxes: no %s measures", ", ".join(skipped)
+            )
+        measures["bbox"] = evaluate_voc(dataset, predictions, folder, use_07_metric=use_07_metric)
+    else:
+        truth = dataset.coco if hasattr(dataset, "coco") else coco_from_targets(dataset)
+        ids = [image_id_of(dataset, index) for index in range(len(dataset))]
+        if box_only:
+            by_id = {ids[index]: boxlist for index, boxlist in predictions.items()}
+            measures["box_proposal"] = evaluate_proposals(truth, by_id, image_ids=ids)
+        for task in () if box_only else iou_types:
+            results = to_coco_results(dataset, predictions, task)
+            if folder is not None:
+                (folder / f"{task}.json").write_text(json.dumps(results))
+            measures[task] = evaluate_coco(truth, results, task, image_ids=ids)
+    for task, values in measures.items():
+        logger.info("%s on %d images\n%s", task, len(dataset), format_table(values))
+    check_expected_results(measures, expected_results, sigma_tol)
+    return measures
+
+
+def _check_frames(dataset: Any, predictions: Mapping[int, BoxList]) -> None:
+    for index, boxlist in predictions.items():
+        if not 0 <= index < len(dataset):
+            raise ValueError(f"a prediction has index {index}, the dataset has {len(dataset)} images")
+        info = dataset.get_img_info(index)
+        if tuple(boxlist.size) != (info["width"], info["height"]):
+            raise ValueError(
+                f"the prediction of image id {image_id_of(dataset, index)} is in a frame of {tuple(boxlist.size)} "
+                f"(width, height), wanted that of the original image, {(info['width'], info['height'])}"
+            )
+    if missing := len(dataset) - len(predictions):
+        logger.warning(
+            "%d of %d images have no prediction: they count as images without detections", missing, len(dataset)
+        )
+
+
+def format_table(measures: Mapping[str, float], columns: int = 6) -> str:
+    """Names above their values, `columns` to a line, then those of the classes; "-" for what cannot be measured."""
+    lines = []
+    classes = {name.split("/", 1)[1]: value for name, value in measures.items() if "/" in name}
+    for group in ({name: value for name, value in measures.items() if "/" not in name}, classes):
+        cells = [(name, f"{value:.4f}" if value >= 0 else "-") for name, value in group.items()]
+        width = max((len(name) for name, _ in cells), default=0)
+        for start in range(0, len(cells), columns):
+            row = cells[start : start + columns]
+            lines.append("  " + "  ".join(name.rjust(max(width, 6)) for name, _ in row))
+            lines.append("  " + "  ".join(value.rjust(max(width, 6)) for _, value in row))
+    return "\n".join(lines)
+
+
+def check_expected_results(
+    measures: Mapping[str, Mapping[str, float]],
+    expected_results: Sequence[tuple[str, str, tuple[float, float]]],
+    sigma_tol: float = 4,
+) -> bool:
+    """Logs PASS or FAIL for each [task, metric, [mean, deviation]]; true if all are within `sigma_tol` deviations."""
+    passed = True
+    for task, metric, (mean, deviation) in expected_results:
+        value = measures.get(task, {}).get(metric)
+        good = value is not None and abs(value - mean) <= sigma_tol * deviation
+        passed &= good
+        logger.log(
+            logging.INFO if good else logging.ERROR,
+            "%s: %s %s is %s, expected %.4f ± %.4f",
+            "PASS" if good else "FAIL",
+            task,
+            metric,
+            "not measured" if value is None else f"{value:.4f}",
+            mean,
+            sigma_tol * deviation,
+        )
+    return passed

@@ -1,0 +1,36 @@
+"""Detection operators for any model: a drop-in for `torchvision.ops`, and the padded, sync-free ones of this package."""
+
+from fastrcnn.ops.anchors import grid_anchors
+from fastrcnn.ops.box_coder import BoxCoder, decode_boxes, encode_boxes
+from fastrcnn.ops.boxes import box_area, box_convert, box_iou, clip_boxes_to_image, remove_small_boxes
+from fastrcnn.ops.match import match_boxes
+from fastrcnn.ops.nms import batched_nms, nms, nms_padded
+from fastrcnn.ops.paste import paste_masks
+from fastrcnn.ops.proposals import select_proposals
+from fastrcnn.ops.rasterize import rasterize_polygons
+from fastrcnn.ops.roi_align import MultiScaleRoIAlign, RoIAlign, multilevel_roi_align, roi_align
+from fastrcnn.ops.sample import sample_balanced
+
+__all__ = [
+    "BoxCoder",
+    "MultiScaleRoIAlign",
+    "RoIAlign",
+    "batched_nms",
+    "box_area",
+    "box_convert",
+    "box_iou",
+    "clip_boxes_to_image",
+    "decode_boxes",
+    "encode_boxes",
+    "grid_anchors",
+    "match_boxes",
+    "multilevel_roi_align",
+    "nms",
+    "nms_padded",
+    "paste_masks",
+    "rasterize_polygons",
+    "remove_small_boxes",
+    "roi_align",
+    "sample_balanced",
+    "select_proposals",
+]

@@ -1,0 +1,262 @@
+"""ROIAlign of one and of many feature levels, in plain PyTorch.
+
+The mean over a grid of bilinear samples is a weighted sum of pixels, so each bin is a list of taps: rows of a table
+that holds one pixel with all its channels per row, and weights. `torch.nn.functional.embedding_bag` is that sum.
+
+Method: He et al., Mask R-CNN (2017), section 3; the level of a box: Lin et al., Feature Pyramid Networks (2017),
+equation 1. Rules for borders and rounding follow torchvision.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+
+class Axis(NamedTuple):
+    """One axis of N boxes in pixels of their feature maps: all [N]."""
+
+    start: Tensor  # coordinate of the box's lower side
+    step: Tensor  # length of a bin
+    extent: Tensor  # int64, pixels of the feature map
+    samples: Tensor  # int64, samples per bin
+
+    def select(self, rows: Tensor) -> "Axis":
+        return Axis(*(value[rows] for value in self))
+
+
+class Regions(NamedTuple):
+    """Where N boxes lie in the feature maps."""
+
+    level: Tensor  # int64 [N]
+    image: Tensor  # int64 [N]
+    usable: Tensor  # bool [N]; the others give zeros
+    y: Axis
+    x: Axis
+
+    def select(self, rows: Tensor) -> "Regions":
+        return Regions(self.level[rows], self.image[rows], self.usable[rows], self.y.select(rows), self.x.select(rows))
+
+
+def level_thresholds(scales: Sequence[float], canonical_size: float, canonical_level: int) -> list[float]:
+    """The box areas from which on a box belongs to the second, third, … level.
+
+    Comparing areas with them is torchvision's floor(canonical_level + log2(√area / canonical_size) + 1e-6), clamped to
+    the levels -log2(scale); unlike log2, a comparison gives the same answer on every device.
+    """
+    levels = [round(-math.log2(scale)) for scale in scales]
+    return [(canonical_size * 2.0 ** (level - canonical_level - 1e-6)) ** 2 for level in levels[1:]]
+
+
+def locate(
+    shapes: Sequence[Sequence[int]],
+    boxes: Tensor,
+    valid: Tensor | None,
+    output_size: Sequence[int],
+    scales: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+    canonical_size: float,
+    canonical_level: int,
+) -> Regions:
+    """Assign each box to its level and express it in that level's pixels. shapes: (B, C, H, W) of each level.
+
+    A box is usable if it is valid, finite, and its image and its feature map exist.
+    """
+    if boxes.ndim == 3:
+        count, per_image = boxes.shape[:2]
+        image = torch.arange(count, device=boxes.device)[:, None].expand(count, per_image).flatten()
+        corners = boxes.flatten(0, 1)
+    else:
+        image, corners = boxes[:, 0].long(), boxes[:, 1:]
+    x1, y1, x2, y2 = corners.unbind(1)
+    area = (x2 - x1) * (y2 - y1)
+    level = torch.zeros_like(image)
+    for threshold in level_thresholds(scales, canonical_size, canonical_level):
+        level = level + (area >= threshold)
+    height = _of_level(level, [shape[2] for shape in shapes])
+    width = _of_level(level, [shape[3] for shape in shapes])
+    scale = _of_level(level, scales, boxes.dtype)
+    usable = corners.abs().sum(1).isfinite() & (image >= 0) & (image < shapes[0][0]) & (height > 0) & (width > 0)
+    if valid is not None:
+        usable = usable & valid.flatten()
+    y = _axis(y1, y2, scale, height, output_size[0], sampling_ratio, aligned)
+    x = _axis(x1, x2, scale, width, output_size[1], sampling_ratio, aligned)
+    return Regions(level, image, usable & (y.samples > 0) & (x.samples > 0), y, x)
+
+
+def _of_level(level: Tensor, values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
+    """values[level] without a tensor made of Python numbers, which would fix symbolic sizes."""
+    chosen = torch.full_like(level, values[0], dtype=dtype)
+    for index, value in enumerate(values[1:], 1):
+        chosen = torch.where(level == index, value, chosen)
+    return chosen
+
+
+def _axis(low: Tensor, high: Tensor, scale: Tensor, extent: Tensor, bins: int, ratio: int, aligned: bool) -> Axis:
+    offset = 0.5 if aligned else 0.0
+    start = low * scale - offset
+    length = high * scale - offset - start
+    if not aligned:
+        length = length.clamp(min=1)
+    step = length / bins
+    if ratio > 0:
+        samples = torch.full_like(extent, ratio)
+    else:  # one sample per pixel; more than the map has would only help boxes that lie almost wholly outside it
+        samples = torch.minimum(step.nan_to_num(0).ceil().clamp(0, 2**30).long(), extent)
+    return Axis(start, step, extent, samples)
+
+
+def _axis_taps(axis: Axis, bins: int, samples: int) -> tuple[Tensor, Tensor]:
+    """Pixels int64 and weights of all bins: [N, bins, 2 · samples] each. The weights of a bin add up to at most 1."""
+    start, step = axis.start[:, None, None], axis.step[:, None, None]
+    size = axis.extent[:, None, None].to(start.dtype)
+    bin_index = torch.arange(bins, device=start.device, dtype=start.dtype)[:, None]
+    sample_index = torch.arange(samples, device=start.device, dtype=start.dtype)
+    coordinate = start + bin_index * step + (sample_index + 0.5) * step / samples
+    inside = (coordinate >= -1) & (coordinate <= size)
+    coordinate = torch.minimum(coordinate.clamp(min=0), size - 1)
+    low = coordinate.floor()
+    high = torch.minimum(low + 1, size - 1)
+    share = torch.where(inside, coordinate - low, 0) / samples
+    rest = torch.where(inside, 1 - (coordinate - low), 0) / samples
+    return torch.cat([low, high], 2).long(), torch.cat([rest, share], 2)
+
+
+def taps(regions: Regions, output_size: Sequence[int], samples: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Pixels and weights of every bin of N boxes: [N · h · w, 4 · samples_y · samples_x] each.
+
+    Pixels count from the first one of the first image in the box's own level. samples: (y, x) samples per bin, equal
+    for all these boxes. Where the weight is 0 the pixel means nothing.
+    """
+    y, weight_y = _axis_taps(regions.y, output_size[0], samples[0])
+    x, weight_x = _axis_taps(regions.x, output_size[1], samples[1])
+    first_row = regions.image * regions.y.extent
+    line = (first_row[:, None, None] + y) * regions.x.extent[:, None, None]  # [N, h, ty]
+    pixel = line[:, :, None, :, None] + x[:, None, :, None, :]  # [N, h, w, ty, tx]
+    weight = weight_y[:, :, None, :, None] * weight_x[:, None, :, None, :]
+    return pixel.flatten(3).flatten(0, 2), weight.flatten(3).flatten(0, 2)
+
+
+def same_grid(regions: Regions, rows: Tensor, sampling_ratio: int) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """Part `rows` into sets of boxes with equal (y, x) samples per bin. Reads the device if the ratio is adaptive."""
+    if sampling_ratio > 0:
+        yield (sampling_ratio, sampling_ratio), rows
+        return
+    grids = torch.stack([regions.y.samples[rows], regions.x.samples[rows]], 1)
+    kinds, kind = grids.unique(dim=0, return_inverse=True)
+    for index, (y, x) in enumerate(kinds.tolist()):
+        yield (y, x), rows[kind == index]
+
+
+def gather(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sums of rows: table [P, C], index and weight [M, T] -> [M, C]."""
+    return embedding_bag(index, table, mode="sum", per_sample_weights=weight)
+
+
+def scatter(grad: Tensor, index: Tensor, weight: Tensor, rows: int) -> Tensor:
+    """The transpose of `gather`: grad [M, C] -> [rows, C]. Each row sums its taps in a fixed order: repeatable."""
+    hit, order = index.flatten().sort(stable=True)
+    first = torch.searchsorted(hit, torch.arange(rows, device=grad.device))
+    source = order // index.shape[1]
+    return embedding_bag(source, grad, first, mode="sum", per_sample_weights=weight.flatten()[order])
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays, everything else is computed in float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def is_channels_last(feature: Tensor) -> bool:
+    """Whether a pixel's channels lie side by side."""
+    return feature.shape[1] > 1 and feature.stride(1) == 1
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def multilevel_roi_align(
+    features: list[Tensor],
+    boxes: Tensor,
+    valid: Tensor | None,
+    output_size: Sequence[int],
+    scales: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+    canonical_size: float,
+    canonical_level: int,
+) -> Tensor:
+    """features L × [B, C, H, W], boxes [B, R, 4] or [K, 5] (image, x1, y1, x2, y2) -> [N, C, h, w], N = B · R or K.
+
+    Differentiable in the features, fixed shapes if sampling_ratio > 0. Memory: about the output and its taps, and one
+    copy of the features.
+    """
+    dtype = compute_dtype(features[0].dtype)
+    shapes = [feature.shape for feature in features]
+    channels = shapes[0][1]
+    settings = output_size, scales, sampling_ratio, aligned, canonical_size, canonical_level
+    regions = locate(shapes, boxes.detach().to(dtype), valid, *settings)
+    levels = [feature.permute(0, 2, 3, 1).reshape(-1, channels) for feature in features]
+    # what has no weight reads the last row, so that nothing outside a box, infinity included, reaches its sum
+    table = torch.cat([*levels, features[0].new_zeros(1, channels)]).to(dtype)
+    parts, order = [], []
+    for samples, rows in same_grid(regions, torch.arange(regions.level.shape[0], device=boxes.device), sampling_ratio):
+        index, weight = _table_taps(regions.select(rows), shapes, output_size, samples)
+        parts.append(gather(table, index, weight))
+        order.append(rows)
+    height, width = output_size
+    # an empty slice keeps the dtype and the gradient's path when there are no boxes and so no parts
+    out = torch.cat([table[:0], *parts]).view(-1, height, width, channels)
+    if sampling_ratio <= 0 and order:
+        out = out[torch.cat(order).argsort()]
+    out = out.permute(0, 3, 1, 2).to(features[0].dtype)
+    return out.clone(memory_format=memory_format(is_channels_last(features[0])))
+
+
+def multilevel_roi_align_backward(
+    grad: Tensor,
+    boxes: Tensor,
+    valid: Tensor | None,
+    shapes: Sequence[int],
+    channels_last: bool,
+    output_size: Sequence[int],
+    scales: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+    canonical_size: float,
+    canonical_level: int,
+) -> list[Tensor]:
+    """Gradient of `multilevel_roi_align` in each level; shapes: B, C, H, W of all levels in one flat list."""
+    dtype = compute_dtype(grad.dtype)
+    levels = [tuple(shapes[i : i + 4]) for i in range(0, len(shapes), 4)]
+    settings = output_size, scales, sampling_ratio, aligned, canonical_size, canonical_level
+    regions = locate(levels, boxes.to(dtype), valid, *settings)
+    rows_of_level = [batch * height * width for batch, _, height, width in levels]
+    total = torch.zeros((sum(rows_of_level) + 1, grad.shape[1]), dtype=dtype, device=grad.device)
+    for samples, rows in same_grid(regions, torch.arange(regions.level.shape[0], device=boxes.device), sampling_ratio):
+        index, weight = _table_taps(regions.select(rows), levels, output_size, samples)
+        part = grad[rows].to(dtype).permute(0, 2, 3, 1).reshape(-1, grad.shape[1])
+        total = total + scatter(part, index, weight, total.shape[0])
+    grads = []
+    for part, (batch, channels, height, width) in zip(total[:-1].split(rows_of_level), levels, strict=True):
+        part = part.to(grad.dtype).view(batch, height, width, channels).permute(0, 3, 1, 2)
+        grads.append(part.clone(memory_format=memory_format(channels_last)))
+    return grads
+
+
+def _table_taps(
+    regions: Regions, shapes: Sequence[Sequence[int]], output_size: Sequence[int], samples: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """`taps` as rows of the table of all levels, whose last row stands for nothing."""
+    index, weight = taps(regions, output_size, samples)
+    starts = [0]
+    for batch, _, height, width in shapes:
+        starts.append(starts[-1] + batch * height * width)
+    bins = output_size[0] * output_size[1]
+    first = _of_level(regions.level, starts[:-1]).repeat_interleave(bins)[:, None]
+    counts = regions.usable.repeat_interleave(bins)[:, None] & (weight != 0)
+    return torch.where(counts, index + first, starts[-1]), torch.where(counts, weight, 0)

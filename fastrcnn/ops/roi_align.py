@@ -1,0 +1,345 @@
+"""ROIAlign: the mean of bilinear samples in each cell of a grid over each box, from one or from many feature levels."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torchvision  # noqa: F401 (loads torch.ops.torchvision)
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fastrcnn.ops._library import below_autograd, needs_grad, register, register_composite
+from fastrcnn.ops.reference import roi_align as reference
+from fastrcnn.ops.reference.roi_align import Regions, compute_dtype, is_channels_last, memory_format
+
+_SETTINGS = (
+    "SymInt[] output_size, float[] scales, int sampling_ratio, bool aligned, float canonical_size, int canonical_level"
+)
+_TAPS_PER_CHUNK = 1 << 17  # keeps the lists of taps and their result in the cache
+
+
+def _fake(features, boxes, valid, output_size, *rest):
+    count = boxes.shape[0] * boxes.shape[1] if boxes.ndim == 3 else boxes.shape[0]
+    out = features[0].new_empty((count, features[0].shape[1], *output_size))
+    return torch.empty_like(out, memory_format=memory_format(is_channels_last(features[0])))
+
+
+def _fake_backward(grad, boxes, valid, shapes, channels_last, *rest):
+    levels = (grad.new_empty(shapes[i : i + 4]) for i in range(0, len(shapes), 4))
+    return [torch.empty_like(level, memory_format=memory_format(channels_last)) for level in levels]
+
+
+def _cpu(features, boxes, valid, output_size, *rest):
+    """Weighted sums of whole pixels: each tap reads all channels at once, where torchvision's loop reads one number."""
+    dtype = compute_dtype(features[0].dtype)
+    boxes = boxes.to(dtype)
+    regions = reference.locate([f.shape for f in features], boxes, valid, output_size, *rest)
+    out = _fake(features, boxes, valid, output_size)
+    if not regions.usable.all():
+        out.zero_()
+    out_rows = out.permute(0, 2, 3, 1)
+    for level, (feature, scale) in enumerate(zip(features, rest[0], strict=True)):
+        rows = _rows_of_level(regions, level)
+        if not len(rows):
+            continue
+        if _few_taps(regions, rows, output_size, feature.shape, is_channels_last(feature)):
+            arguments = _torchvision_rois(regions, boxes, rows), scale, *output_size, *rest[1:3]
+            out[rows] = torch.ops.torchvision.roi_align(feature.to(dtype), *arguments).to(out.dtype)
+            continue
+        table = feature.permute(0, 2, 3, 1).to(dtype).reshape(-1, feature.shape[1])
+        for chunk, index, weight in _chunks(regions, rows, output_size, rest[1], _TAPS_PER_CHUNK):
+            part = reference.gather(table, index, weight)
+            out_rows[chunk] = part.view(-1, *output_size, feature.shape[1]).to(out.dtype)
+    return out
+
+
+def _cpu_backward(grad, boxes, valid, shapes, channels_last, output_size, *rest):
+    dtype = compute_dtype(grad.dtype)
+    boxes = boxes.to(dtype)
+    levels = [tuple(shapes[i : i + 4]) for i in range(0, len(shapes), 4)]
+    regions = reference.locate(levels, boxes, valid, output_size, *rest)
+    grads = _fake_backward(grad, boxes, valid, shapes, channels_last)
+    for level, (out, scale) in enumerate(zip(grads, rest[0], strict=True)):
+        batch, channels, height, width = levels[level]
+        rows = _rows_of_level(regions, level)
+        if not len(rows):
+            out.zero_()
+            continue
+        part = grad if len(rows) == len(grad) else grad[rows]
+        part = part.to(dtype)
+        if _few_taps(regions, rows, output_size, levels[level], channels_last):
+            arguments = _torchvision_rois(regions, boxes, rows), scale, *output_size, *levels[level], *rest[1:3]
+            out.copy_(torch.ops.torchvision._roi_align_backward(part.contiguous(), *arguments))
+            continue
+        part = part.permute(0, 2, 3, 1).reshape(len(rows), -1)
+        total = None
+        for chunk, index, weight in _chunks(regions, rows, output_size, rest[1], 32 * _TAPS_PER_CHUNK):
+            # rows rise, so the place of a chunk's boxes among them is found by bisection
+            own = part if len(chunk) == len(rows) else part[torch.searchsorted(rows, chunk)]
+            added = reference.scatter(own.reshape(-1, channels), index, weight, batch * height * width)
+            total = added if total is None else total.add_(added)
+        out.copy_(total.view(batch, height, width, channels).permute(0, 3, 1, 2))
+    return grads
+
+
+def _rows_of_level(regions: Regions, level: int) -> Tensor:
+    return ((regions.level == level) & regions.usable).nonzero().flatten()
+
+
+def _chunks(regions: Regions, rows: Tensor, output_size: Sequence[int], ratio: int, limit: int):
+    """(rows, their taps) in pieces of about `limit` taps."""
+    for samples, group in reference.same_grid(regions, rows, ratio):
+        taps_of_box = 4 * math.prod(samples) * math.prod(output_size)
+        for chunk in group.split(max(limit // max(taps_of_box, 1), 1)):
+            yield chunk, *reference.taps(regions.select(chunk), output_size, samples)
+
+
+def _few_taps(regions: Regions, rows: Tensor, output_size, shape, channels_last: bool) -> bool:
+    """Whether turning a contiguous map to channels_last costs more than torchvision's operator, which needs it as is.
+
+    Measured on two cores with 256 channels; boxes whose adaptive grid was limited are not torchvision's case.
+    """
+    if channels_last:
+        return False
+    y, x = regions.y.select(rows), regions.x.select(rows)
+    limited = ((y.samples == y.extent) & (y.step > y.samples)) | ((x.samples == x.extent) & (x.step > x.samples))
+    samples = (y.samples * x.samples).sum().item() * math.prod(output_size)
+    return 2 * samples < shape[0] * shape[2] * shape[3] and not limited.any()
+
+
+def _torchvision_rois(regions: Regions, boxes: Tensor, rows: Tensor) -> Tensor:
+    corners = boxes.flatten(0, 1) if boxes.ndim == 3 else boxes[:, 1:]
+    return torch.cat([regions.image[rows, None].to(boxes.dtype), corners[rows]], 1)
+
+
+def _triton(features, boxes, valid, output_size, scales, sampling_ratio, aligned, canonical_size, canonical_level):
+    rest = output_size, scales, sampling_ratio, aligned, canonical_size, canonical_level
+    if features[0].dtype == torch.float64:  # the kernels compute in float32
+        return reference.multilevel_roi_align(features, boxes, valid, *rest)
+    from triton_kernels import roi_align as kernels
+
+    out = _fake(features, boxes, valid, output_size)
+    thresholds = reference.level_thresholds(scales, canonical_size, canonical_level)
+    kernels.roi_align_forward(out, features, boxes, valid, scales, thresholds, sampling_ratio, aligned)
+    return out
+
+
+def _triton_backward(grad, boxes, valid, shapes, channels_last, output_size, scales, ratio, aligned, *canonical):
+    if grad.dtype == torch.float64:
+        rest = output_size, scales, ratio, aligned, *canonical
+        return reference.multilevel_roi_align_backward(grad, boxes, valid, shapes, channels_last, *rest)
+    from triton_kernels import roi_align as kernels
+
+    format_ = memory_format(channels_last)
+    grads = _fake_backward(grad.float(), boxes, valid, shapes, channels_last)
+    for level in grads:
+        level.zero_()
+    thresholds = reference.level_thresholds(scales, *canonical)
+    kernels.roi_align_backward(grads, grad.contiguous(memory_format=format_), boxes, valid, scales, thresholds, ratio, aligned)
+    return [level.to(grad.dtype) for level in grads]
+
+
+class _RoIAlign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, boxes, valid, settings, *features):  # features flat: lists are not tracked
+        ctx.save_for_backward(boxes, valid)
+        ctx.settings = settings
+        ctx.shapes = [size for feature in features for size in feature.shape]
+        ctx.channels_last = is_channels_last(features[0])
+        with below_autograd():
+            return _OP(features, boxes, valid, *settings)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return None, None, None, *_OP_BACKWARD(grad, *ctx.saved_tensors, ctx.shapes, ctx.channels_last, *ctx.settings)
+
+
+def _autograd(features, boxes, valid, *settings):
+    if needs_grad(*features):
+        return _RoIAlign.apply(boxes, valid, settings, *features)
+    with below_autograd():
+        return _OP(features, boxes, valid, *settings)
+
+
+_OP = register(
+    f"multilevel_roi_align(Tensor[] features, Tensor boxes, Tensor? valid, {_SETTINGS}) -> Tensor",
+    reference=reference.multilevel_roi_align,
+    fake=_fake,
+    cpu=_cpu,
+    triton=_triton,
+    autograd=_autograd,
+)
+_OP_BACKWARD = register(
+    "multilevel_roi_align_backward(Tensor grad, Tensor boxes, Tensor? valid, SymInt[] shapes, bool channels_last, "
+    f"{_SETTINGS}) -> Tensor[]",
+    reference=reference.multilevel_roi_align_backward,
+    fake=_fake_backward,
+    cpu=_cpu_backward,
+    triton=_triton_backward,
+)
+
+
+def _single_level(input, rois, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned):
+    size = [pooled_height, pooled_width]
+    return _OP([input], rois, None, size, [spatial_scale], sampling_ratio, aligned, 224.0, 4)
+
+
+_OP_SINGLE = register_composite(
+    "roi_align(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
+    "int sampling_ratio, bool aligned) -> Tensor",
+    _single_level,
+)
+
+
+def multilevel_roi_align(
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    output_size: int | Sequence[int],
+    scales: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+    canonical_size: float = 224,
+    canonical_level: int = 4,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Pool each box from the feature level that suits its size (Lin et al., Feature Pyramid Networks, equation 1).
+
+    features: L × [B, C, Hl, Wl], finest first. boxes: [B, R, 4] xyxy in image pixels, or [K, 5] with the image's index
+    first. scales: feature pixels per image pixel of each level, falling. output_size: bins, (height, width).
+    sampling_ratio: samples per bin and axis; 0 or less takes one per pixel, which costs a read of the device on CPUs.
+    aligned: as in `roi_align`. A box with √area = canonical_size belongs to level canonical_level, where a level is
+    −log2(scale). valid: bool [B, R] or [K].
+
+    Returns [B · R or K, C, height, width] in the dtype and memory format of the features; channels_last is the fast
+    one. Boxes that are not valid, not finite or of an image that is not there give zeros. Differentiable in the
+    features. Raises ValueError if shapes, dtypes or scales do not fit together.
+    """
+    if not features or len(features) != len(scales):
+        raise ValueError(f"features and scales must be equally many, at least one: got {len(features)}, {len(scales)}")
+    if any(coarse >= fine for fine, coarse in zip(scales, scales[1:], strict=False)) or min(scales) <= 0:
+        raise ValueError(f"scales must be positive and fall from level to level: got {list(scales)}")
+    first = features[0]
+    for index, feature in enumerate(features):
+        if feature.ndim != 4 or feature.shape[:2] != first.shape[:2] or feature.dtype != first.dtype:
+            raise ValueError(
+                f"features[{index}] is {feature.dtype} {tuple(feature.shape)}; all must be [B, C, H, W] with B, C and "
+                f"dtype of the first, which is {first.dtype} {tuple(first.shape)}"
+            )
+    padded = boxes.ndim == 3 and boxes.shape[2] == 4
+    if not padded and not (boxes.ndim == 2 and boxes.shape[1] == 5):
+        raise ValueError(f"boxes must be [B, R, 4] or [K, 5]: got {tuple(boxes.shape)}")
+    if padded and boxes.shape[0] != first.shape[0]:
+        raise ValueError(f"boxes are of {boxes.shape[0]} images and features of {first.shape[0]}")
+    if valid is not None and (valid.dtype != torch.bool or valid.shape != boxes.shape[:-1]):
+        raise ValueError(f"valid must be bool {tuple(boxes.shape[:-1])}: got {valid.dtype} {tuple(valid.shape)}")
+    settings = [float(scale) for scale in scales], sampling_ratio, aligned, float(canonical_size), canonical_level
+    return _OP(list(features), boxes, valid, _pair(output_size), *settings)
+
+
+def roi_align(
+    input: Tensor,
+    boxes: Tensor | Sequence[Tensor],
+    output_size: int | Sequence[int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = -1,
+    aligned: bool = False,
+) -> Tensor:
+    """torchvision.ops.roi_align: ROIAlign of He et al., Mask R-CNN.
+
+    input: [N, C, H, W]. boxes: [K, 5] (image, x1, y1, x2, y2) or N tensors [L, 4]. output_size: bins, (height, width)
+    or one number for both. spatial_scale: input pixels per unit of the boxes. sampling_ratio: samples per bin and
+    axis; 0 or less takes ⌈bin side⌉. aligned: shift by half a pixel, as detectron2 does; without it boxes are at least
+    one pixel wide and high.
+
+    Returns [K, C, height, width] in the dtype and memory format of the input; channels_last is the fast one. Computed
+    in float32, or float64 for float64 input, for boxes of any floating dtype. Differentiable in the input. Boxes that
+    are not finite or of an image that is not there give zeros. Raises AssertionError for boxes of another shape.
+    """
+    return _OP_SINGLE(input, _to_rois(boxes), float(spatial_scale), *_pair(output_size), sampling_ratio, aligned)
+
+
+def _to_rois(boxes: Tensor | Sequence[Tensor]) -> Tensor:
+    """[K, 5], or a list of [L, 4] per image -> [K, 5]."""
+    if isinstance(boxes, Tensor):
+        torch._assert(boxes.ndim == 2 and boxes.shape[1] == 5, f"boxes must be [K, 5]: got {tuple(boxes.shape)}")
+        return boxes
+    torch._assert(isinstance(boxes, (list, tuple)), f"boxes must be a tensor or a list of tensors: got {type(boxes)}")
+    for index, part in enumerate(boxes):
+        shape = tuple(part.shape)
+        torch._assert(part.ndim == 2 and part.shape[1] == 4, f"boxes[{index}] must be [L, 4]: got {shape}")
+    images = [torch.full_like(part[:, :1], index) for index, part in enumerate(boxes)]
+    return torch.cat([torch.cat(images), torch.cat(list(boxes))], 1)
+
+
+def _pair(size: int | Sequence[int]) -> list[int]:
+    if isinstance(size, (list, tuple)):
+        return [size[0], size[-1]]
+    return [size, size]
+
+
+class RoIAlign(nn.Module):
+    """`roi_align` as a module."""
+
+    def __init__(
+        self, output_size: int | Sequence[int], spatial_scale: float, sampling_ratio: int, aligned: bool = False
+    ):
+        super().__init__()
+        self.output_size = output_size
+        self.spatial_scale = spatial_scale
+        self.sampling_ratio = sampling_ratio
+        self.aligned = aligned
+
+    def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
+        return roi_align(input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
+
+    def extra_repr(self) -> str:
+        return (
+            f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
+            f"sampling_ratio={self.sampling_ratio}, aligned={self.aligned}"
+        )
+
+
+class MultiScaleRoIAlign(nn.Module):
+    """torchvision.ops.MultiScaleRoIAlign: pools each box from the level of a feature pyramid that suits its size.
+
+    featmap_names: the keys of the pyramid to pool from. canonical_scale, canonical_level: a box with
+    √area = canonical_scale belongs to level canonical_level, a level being −log2 of its scale.
+    """
+
+    def __init__(
+        self,
+        featmap_names: list[str],
+        output_size: int | Sequence[int],
+        sampling_ratio: int,
+        *,
+        canonical_scale: int = 224,
+        canonical_level: int = 4,
+    ):
+        super().__init__()
+        self.featmap_names = featmap_names
+        self.output_size = tuple(_pair(output_size))
+        self.sampling_ratio = sampling_ratio
+        self.canonical_scale = canonical_scale
+        self.canonical_level = canonical_level
+        self.scales: list[float] | None = None
+
+    def forward(self, x: Mapping[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        """x: name -> [N, C, H, W], finest first. boxes: [L, 4] xyxy in image pixels for each image. image_shapes: (h, w).
+
+        The scales are powers of two, read off the first call's shapes. Returns [sum of L, C, height, width]. Raises
+        ValueError for no image shapes, AssertionError for boxes that are not [L, 4].
+        """
+        features = [feature for name, feature in x.items() if name in self.featmap_names]
+        if self.scales is None:
+            if not image_shapes:
+                raise ValueError("images list should not be empty")
+            height = max(shape[0] for shape in image_shapes)
+            self.scales = [2.0 ** round(math.log2(feature.shape[-2] / height)) for feature in features]
+        settings = self.scales, self.sampling_ratio, False, self.canonical_scale, self.canonical_level
+        return multilevel_roi_align(features, _to_rois(boxes), self.output_size, *settings)
+
+    def extra_repr(self) -> str:
+        return (
+            f"featmap_names={self.featmap_names}, output_size={self.output_size}, sampling_ratio={self.sampling_ratio}"
+        )

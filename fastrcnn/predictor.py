@@ -1,0 +1,74 @@
+"""Image in, detections out."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastrcnn import weights as weight_files
+from fastrcnn.config import conventions_of
+from fastrcnn.evaluation import encode_masks
+from fastrcnn.models import build_model
+from fastrcnn.structures import BoxList, ImageBatch
+
+Picture = str | Path | Image.Image | np.ndarray | Tensor
+
+
+def read_image(image: Picture) -> Tensor:
+    """A path, a PIL image, an RGB array [h, w, 3] or an RGB tensor [3, h, w], uint8 -> uint8 RGB tensor [3, h, w]."""
+    if isinstance(image, Tensor):
+        return image
+    if isinstance(image, (str, Path)):
+        try:
+            with Image.open(image) as file:
+                image = file.convert("RGB")
+        except FileNotFoundError:
+            raise
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{image} is not an image that can be read: {error}") from error
+    if isinstance(image, Image.Image):
+        image = np.array(image.convert("RGB"))
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"the array is {image.shape} {image.dtype}; wanted uint8 RGB [height, width, 3]")
+    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+
+
+class Predictor:
+    """A trained model that takes images as they come.
+
+    cfg: from `fastrcnn.load_config`. weights: a path or a state dict of any family that `fastrcnn.weights` reads;
+    None takes MODEL.WEIGHT. batch_size: images per forward pass when a list is given.
+    """
+
+    def __init__(self, cfg: Any, weights: str | Path | Mapping[str, Tensor] | None = None, batch_size: int = 1):
+        self.cfg = cfg
+        self.batch_size = batch_size
+        self.model = build_model(cfg).eval()
+        source = weights if weights is not None else cfg.MODEL.WEIGHT
+        if not source:
+            raise ValueError("a predictor needs weights: pass `weights`, or set MODEL.WEIGHT")
+        self.report = weight_files.load(self.model, source)
+
+    def __call__(self, images: Picture | Iterable[Picture]) -> BoxList | list[BoxList]:
+        """One image gives a BoxList in its own frame, several a list: fields scores, labels and, with MODEL.MASK_ON,
+        rle (COCO run lengths of the pasted masks)."""
+        single = isinstance(images, (str, Path, Image.Image, np.ndarray, Tensor))
+        tensors = [read_image(i) for i in ([images] if single else images)]
+        out: list[BoxList] = []
+        for first in range(0, len(tensors), self.batch_size):
+            out += self._predict(tensors[first : first + self.batch_size])
+        return out[0] if single else out
+
+    @torch.inference_mode()
+    def _predict(self, images: list[Tensor]) -> list[BoxList]:
+        device = next(self.model.parameters()).device
+        batch = ImageBatch.from_images(images, self.cfg).to(device)
+        boxlists = self.model(batch).to_boxlists()
+        if not self.cfg.MODEL.MASK_ON:
+            return boxlists
+        continuous = conventions_of(self.cfg).paste_continuous
+        return [encode_masks(b, continuous) for b in boxlists]

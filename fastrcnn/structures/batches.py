@@ -1,0 +1,288 @@
+"""The padded middle: batches whose shapes follow from the input shapes alone.
+
+Letters: B images, G ground-truth slots, P proposals, R sampled regions, D detections, E polygon edges, M mask side, K
+keypoints. Boxes are xyxy float32 pixels of the padded batch image. What varies is a label, a mask or a count on the
+device, never a shape.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrcnn.structures.boxlist import BoxList
+
+
+class _Batch:
+    """Moves all tensors of a dataclass together."""
+
+    def _map(self, function) -> Self:
+        changes = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (Tensor, _Batch)):
+                changes[field.name] = function(value) if isinstance(value, Tensor) else value._map(function)
+        return replace(self, **changes)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        return self._map(lambda t: t.pin_memory())
+
+
+def scaled_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
+    """The (height, width) at which an image is used: shorter side min_size, unless the longer would pass max_size.
+
+    maskrcnn-benchmark's rule: the shorter side is exact, the longer one is truncated.
+    """
+    short, long = min(height, width), max(height, width)
+    if long / short * min_size > max_size:
+        min_size = round(max_size * short / long)
+    other = int(min_size * long / short)
+    return (min_size, other) if height <= width else (other, min_size)
+
+
+@dataclass
+class ImageBatch(_Batch):
+    """pixels [B, 3, H, W] float32 channels_last, normalised and zero-padded at the bottom and right;
+    sizes int32 [B, 2], (h, w) before padding; original_sizes int32 [B, 2], (h, w) before resizing."""
+
+    pixels: Tensor
+    sizes: Tensor
+    original_sizes: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @classmethod
+    def from_images(cls, images: Sequence[Tensor], cfg: Any) -> Self:
+        """Resize, normalise and pad uint8 RGB images [3, h, w] as `cfg.INPUT` says for testing.
+
+        INPUT.ANTIALIAS False is torchvision's way: normalise, then interpolate without antialiasing, both sides
+        truncated (`torchvision.models.detection.transform.GeneralizedRCNNTransform`).
+        """
+        _check_images(images)
+        low, high = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+        resized = []
+        for image in images:
+            height, width = image.shape[-2:]
+            if cfg.INPUT.ANTIALIAS:
+                size = scaled_size(height, width, low, high)
+                exact = image if image.device.type == "cpu" else image.float()  # uint8 kernels exist for the CPU only
+                out = F.interpolate(exact[None], size=size, mode="bilinear", antialias=True)[0]
+                resized.append(_normalise(out.round() if out.is_floating_point() else out, cfg))
+            else:
+                scale = torch.tensor([low / min(height, width), high / max(height, width)]).min().item()
+                size = (int(height * scale), int(width * scale))
+                resized.append(F.interpolate(_normalise(image, cfg)[None], size=size, mode="bilinear")[0])
+        return cls._pad(resized, [tuple(i.shape[-2:]) for i in images], cfg)
+
+    @classmethod
+    def from_tensors(cls, images: Sequence[Tensor], original_sizes: Sequence[tuple[int, int]], cfg: Any) -> Self:
+        """Normalise and pad uint8 RGB images [3, h, w] that have their final size already."""
+        _check_images(images)
+        return cls._pad([_normalise(i, cfg) for i in images], original_sizes, cfg)
+
+    @classmethod
+    def _pad(cls, images: Sequence[Tensor], original_sizes: Sequence[tuple[int, int]], cfg: Any) -> Self:
+        divisor = max(cfg.DATALOADER.SIZE_DIVISIBILITY, 1)
+        height, width = (-(-max(i.shape[k] for i in images) // divisor) * divisor for k in (1, 2))
+        device = images[0].device
+        pixels = torch.zeros(len(images), height, width, 3, device=device).permute(0, 3, 1, 2)  # channels_last
+        for slot, image in zip(pixels, images, strict=True):
+            slot[:, : image.shape[1], : image.shape[2]] = image
+        sizes = torch.tensor([i.shape[-2:] for i in images], dtype=torch.int32, device=device)
+        return cls(pixels, sizes, torch.tensor(original_sizes, dtype=torch.int32, device=device))
+
+
+def _check_images(images: Sequence[Tensor]) -> None:
+    if len(images) == 0:
+        raise ValueError("an image batch needs at least one image")
+    for index, image in enumerate(images):
+        if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8 or 0 in image.shape:
+            found = f"{tuple(image.shape)} {image.dtype}"
+            raise ValueError(f"image {index} is {found}; wanted a uint8 RGB tensor [3, height, width]")
+
+
+def _normalise(image: Tensor, cfg: Any) -> Tensor:
+    """uint8 RGB [3, h, w] -> float32, in the channel order, range, mean and deviation that the weights expect."""
+    image = image.float()
+    image = image.flip(0) if cfg.INPUT.TO_BGR255 else image / 255
+    mean, std = (
+        torch.tensor(v, device=image.device)[:, None, None] for v in (cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD)
+    )
+    return (image - mean) / std
+
+
+@dataclass
+class PolygonBatch(_Batch):
+    """The outlines of all objects, edge by edge: edges float32 [B, G, E, 4] (x, y of the start, x, y of the end) in
+    pixels of the padded image; parts int64 [B, G, E], the part of the object that an edge belongs to, −1 in empty
+    slots; num_parts, an upper bound of parts per object known on the host."""
+
+    edges: Tensor
+    parts: Tensor
+    num_parts: int
+
+    @classmethod
+    def from_polygons(cls, polygons: Sequence[Sequence[Sequence[Tensor]]], slots: int) -> Self:
+        """polygons: image -> object -> part, each a closed polygon [V, 2]; slots = G."""
+        counts = [sum(len(part) for part in parts) for image in polygons for parts in image]
+        num_parts = max((len(parts) for image in polygons for parts in image), default=0)
+        length = _power_of_two(max(counts, default=0))
+        edges = torch.zeros(len(polygons), slots, length, 4)
+        index = torch.full((len(polygons), slots, length), -1)
+        for b, image in enumerate(polygons):
+            for g, parts in enumerate(image):
+                if parts:
+                    rows = torch.cat([torch.cat([part, part.roll(-1, 0)], 1) for part in parts])
+                    owner = torch.repeat_interleave(torch.tensor([len(part) for part in parts]))
+                    edges[b, g, : len(rows)] = rows
+                    index[b, g, : len(rows)] = owner
+        return cls(edges, index, _power_of_two(num_parts))
+
+
+@dataclass
+class TargetBatch(_Batch):
+    """Ground truth: boxes [B, G, 4]; labels int64 [B, G], 0 in empty slots; crowd bool [B, G]; outlines as `polygons`
+    or as `masks` uint8 [B, G, H, W] of the padded image; keypoints [B, G, K, 3] (x, y, visibility)."""
+
+    boxes: Tensor
+    labels: Tensor
+    crowd: Tensor
+    polygons: PolygonBatch | None = None
+    masks: Tensor | None = None
+    keypoints: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    @property
+    def valid(self) -> Tensor:
+        """bool [B, G]: slots that hold an object to be learnt."""
+        return (self.labels > 0) & ~self.crowd
+
+    @classmethod
+    def from_boxlists(cls, boxlists: Sequence[BoxList], batch: ImageBatch) -> Self:
+        """Pad ground truth to a power of two of slots, in the frame of `batch` (each BoxList has its own image_size).
+
+        Fields: labels (needed), masks (SegmentationMask), keypoints (Keypoints), iscrowd. When the masks of one
+        object are bitmaps, the bitmaps of all are used; else the polygons.
+        """
+        if len(boxlists) != len(batch):
+            raise ValueError(f"{len(boxlists)} targets for {len(batch)} images")
+        sizes = [(w, h) for h, w in batch.sizes.tolist()]
+        boxlists = [b.to("cpu") for b in boxlists]
+        boxlists = [b if tuple(b.size) == s else b.resize(s) for b, s in zip(boxlists, sizes, strict=True)]
+        slots = _power_of_two(max(len(b) for b in boxlists))
+        boxes = torch.zeros(len(boxlists), slots, 4)
+        labels = torch.zeros(len(boxlists), slots, dtype=torch.int64)
+        crowd = torch.zeros(len(boxlists), slots, dtype=torch.bool)
+        for i, target in enumerate(boxlists):
+            boxes[i, : len(target)] = target.convert("xyxy").bbox
+            labels[i, : len(target)] = torch.as_tensor(target.get_field("labels"))
+            if target.has_field("iscrowd"):
+                crowd[i, : len(target)] = torch.as_tensor(target.get_field("iscrowd")).bool()
+        polygons, masks = _outlines(boxlists, slots, batch.pixels.shape[-2:])
+        keypoints = _keypoints(boxlists, slots)
+        return cls(boxes, labels, crowd, polygons, masks, keypoints).to(batch.pixels.device)
+
+
+def _power_of_two(count: int) -> int:
+    """The smallest power of two that is at least count, and at least 1: few distinct shapes in a run."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def _outlines(
+    boxlists: Sequence[BoxList], slots: int, size: Sequence[int]
+) -> tuple[PolygonBatch | None, Tensor | None]:
+    outlines = [b.get_field("masks") if b.has_field("masks") else None for b in boxlists]
+    if all(o is None for o in outlines):
+        return None, None
+    if any(o is None and len(b) > 0 for o, b in zip(outlines, boxlists, strict=True)):
+        raise ValueError("some images of the batch have objects without masks: give all of them masks, or none")
+    if all(o is None or o.mode == "poly" for o in outlines):
+        return PolygonBatch.from_polygons([[] if o is None else o.polygons for o in outlines], slots), None
+    masks = torch.zeros(len(boxlists), slots, *size, dtype=torch.uint8)
+    for slot, outline in zip(masks, outlines, strict=True):
+        if outline is not None and len(outline) > 0:
+            bitmap = outline.get_mask_tensor()
+            slot[: len(bitmap), : bitmap.shape[1], : bitmap.shape[2]] = bitmap
+    return None, masks
+
+
+def _keypoints(boxlists: Sequence[BoxList], slots: int) -> Tensor | None:
+    points = [b.get_field("keypoints").keypoints if b.has_field("keypoints") else None for b in boxlists]
+    count = max((p.shape[1] for p in points if p is not None), default=0)
+    if count == 0:
+        return None
+    out = torch.zeros(len(boxlists), slots, count, 3)
+    for slot, p in zip(out, points, strict=True):
+        if p is not None:
+            slot[: len(p)] = p
+    return out
+
+
+@dataclass
+class ProposalBatch(_Batch):
+    """boxes [B, P, 4]; scores [B, P]; valid bool [B, P]."""
+
+    boxes: Tensor
+    scores: Tensor
+    valid: Tensor
+
+
+@dataclass
+class SampleBatch(_Batch):
+    """Regions to learn from, positives first: boxes [B, R, 4]; labels int64 [B, R], 0 = background; matched int64
+    [B, R], the ground-truth slot of a positive; weight float32 [B, R], 0 = empty slot; num_positive, how many of the
+    R slots can be positive at most."""
+
+    boxes: Tensor
+    labels: Tensor
+    matched: Tensor
+    weight: Tensor
+    num_positive: int
+
+
+@dataclass
+class DetectionBatch(_Batch):
+    """boxes [B, D, 4] and scores [B, D], falling; labels int64 [B, D]; count int32 [B], the slots in use; masks
+    [B, D, M, M], probabilities for the predicted class; sizes and original_sizes as in ImageBatch."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    count: Tensor
+    sizes: Tensor
+    original_sizes: Tensor
+    masks: Tensor | None = None
+
+    def to_boxlists(self) -> list[BoxList]:
+        """One BoxList per image in the frame of the original image, sorted by score, with the fields scores, labels
+        and, where there are masks, mask [N, M, M]. The one host sync of inference."""
+        host = self._to_host()
+        scale = (host.original_sizes / host.sizes).flip(1).repeat(1, 2)  # [B, 4]
+        boxes = host.boxes * scale[:, None]
+        out = []
+        for i, n in enumerate(host.count.tolist()):
+            height, width = host.original_sizes[i].tolist()
+            boxlist = BoxList(boxes[i, :n], (width, height))
+            boxlist.add_field("scores", host.scores[i, :n])
+            boxlist.add_field("labels", host.labels[i, :n])
+            if host.masks is not None:
+                boxlist.add_field("mask", host.masks[i, :n])
+            out.append(boxlist)
+        return out
+
+    def _to_host(self) -> Self:
+        if self.boxes.device.type != "cuda":
+            return self.to("cpu")
+        # all copies are queued, then waited for once
+        host = self._map(lambda t: torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True))
+        torch.cuda.current_stream(self.boxes.device).synchronize()
+        return host

@@ -1,0 +1,104 @@
+"""Two processes over gloo, started by torchrun as a user would."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastrcnn.engine import checkpoint, distributed, load_predictions
+
+SCRIPT = """
+import json, os, sys
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from engine import standins
+from fastrcnn.engine import distributed, train
+
+standins.use_standins(noise=0.0)
+folder = Path(sys.argv[1])
+run = train(standins.tiny_config(folder / "run"))
+
+if distributed.world_size() > 1:
+    with distributed.session("cpu"):
+        rank = distributed.rank()
+        report = {"gathered": distributed.gather_objects({"rank": rank, "data": [rank] * (rank + 1)})}
+        report["mean"] = distributed.mean_over_ranks(torch.tensor([float(rank), float("nan") if rank else 0.0])).tolist()
+        report["from_main"] = distributed.from_main(lambda: f"made by {os.getpid()}" if rank == 0 else 1 / 0)
+        try:
+            distributed.from_main(lambda: int("x"))
+        except ValueError as error:
+            report["error"] = str(error)
+        with distributed.main_first():
+            report["first"] = (folder / "made").exists()
+            (folder / "made").touch()
+        report |= {"pid": os.getpid(), "results": run.results}
+        (folder / f"report{rank}.json").write_text(json.dumps(report))
+"""
+
+
+def start(tmp_path, *launcher):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    path = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, str(script), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    start(one)
+    start(two, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    return one, two
+
+
+def test_two_processes_train_as_one_with_the_same_batch(both):
+    one, two = (checkpoint.read(folder / "run" / "model_final.pth") for folder in both)
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, rtol=1e-5, atol=1e-6, msg=name)
+    losses = [[json.loads(line) for line in (f / "run" / "metrics.jsonl").read_text().splitlines()] for f in both]
+    assert len(losses[0]) == len(losses[1]) == 5
+    for single, shared in zip(*losses, strict=True):
+        assert shared["iteration"] == single["iteration"]
+        if "loss" in single:
+            assert shared["loss"] == pytest.approx(single["loss"], rel=1e-4)
+
+
+def test_detections_of_all_processes_are_evaluated(both):
+    one, two = (load_predictions(folder / "run/inference/tiny/predictions.pth") for folder in both)
+    assert list(two) == list(one) == [0, 1, 2, 3, 4, 5]
+    assert all(torch.equal(two[i].bbox, one[i].bbox) for i in one)
+    results = [json.loads((both[1] / f"report{rank}.json").read_text())["results"] for rank in (0, 1)]
+    assert set(results[0]["tiny"]) == {"bbox"}
+    assert results[1] == {}
+
+
+def test_objects_travel_in_the_order_of_the_ranks(both):
+    first, second = (json.loads((both[1] / f"report{rank}.json").read_text()) for rank in (0, 1))
+    assert first["gathered"] == [{"rank": 0, "data": [0]}, {"rank": 1, "data": [1, 1]}]
+    assert second["gathered"] is None
+    assert first["from_main"] == second["from_main"] == f"made by {first['pid']}"
+    assert first["error"] == second["error"] == "invalid literal for int() with base 10: 'x'"
+    assert (first["first"], second["first"]) == (False, True)
+    for report in (first, second):
+        assert report["mean"][0] == 0.5
+        assert report["mean"][1] != report["mean"][1]
+
+
+def test_without_torchrun_there_is_one_process(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")  # a cluster's variable that is not torchrun's
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    with distributed.session("cpu") as device:
+        assert device == torch.device("cpu")
+        assert distributed.gather_objects(3) == [3]
+        module = torch.nn.Linear(1, 1)
+        assert distributed.wrap(module) is module

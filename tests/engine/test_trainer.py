@@ -1,0 +1,321 @@
+import json
+import os
+import signal
+
+import pytest
+import torch
+from engine import standins
+from engine.standins import TinyDetector, TrainLoader, tiny_config
+
+from fastrcnn.engine import checkpoint, trainer
+from fastrcnn.engine.hooks import Hook
+
+
+@pytest.fixture(autouse=True)
+def _standins(monkeypatch):
+    from fastrcnn.engine import inference
+
+    for module in (inference, trainer):
+        monkeypatch.setattr(module, "build_model", lambda cfg: TinyDetector())
+        monkeypatch.setattr(module, "make_data_loader", standins.make_data_loader)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_state(first, second):
+    first, second = checkpoint.read(first), checkpoint.read(second)
+    assert first["iteration"] == second["iteration"]
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+    for index, state in first["optimizer"]["state"].items():
+        assert torch.equal(state["momentum_buffer"], second["optimizer"]["state"][index]["momentum_buffer"])
+
+
+class StopAfter(Hook):
+    """Calls the function when so many iterations are finished."""
+
+    def __init__(self, iteration, function):
+        self.iteration, self.function = iteration, function
+
+    def after_iteration(self, trainer):
+        if trainer.iteration == self.iteration:
+            self.function()
+
+
+def with_hook(monkeypatch, hook):
+    original = trainer.Trainer.__init__
+
+    def init(self, *args, hooks=(), **kwargs):
+        original(self, *args, hooks=[*hooks, hook], **kwargs)
+
+    monkeypatch.setattr(trainer.Trainer, "__init__", init)
+
+
+def test_the_loop_is_plain_sgd(tmp_path):
+    """Against the same training written out with torch alone."""
+    cfg = tiny_config(tmp_path, WEIGHT_DECAY=0.01, CLIP_GRADIENTS=0.05)
+    torch.manual_seed(0)
+    expected, model = TinyDetector(noise=0.0), TinyDetector(noise=0.0)
+    model.load_state_dict(expected.state_dict())
+    optimizer = torch.optim.SGD(
+        [
+            {"params": [expected.conv.weight, expected.head.weight], "weight_decay": 0.01},
+            {"params": [expected.conv.bias, expected.head.bias], "weight_decay": 0.0},
+        ],
+        lr=1.0,
+        momentum=0.9,
+    )
+    told = []
+    for iteration, (images, targets, _) in enumerate(TrainLoader(cfg, 0, 0, 1)):
+        lr = 0.05 * (min(1.0, 1 / 3 + 2 / 3 * iteration / 3) if iteration < 6 else 0.1)
+        optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = lr, 2 * lr
+        losses = expected(images, targets)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        torch.nn.utils.clip_grad_norm_(expected.parameters(), 0.05)
+        optimizer.step()
+        told.append({k: v.item() for k, v in losses.items()} | {"lr": lr})
+
+    from fastrcnn.engine.solver import WarmupMultiStepLR, make_optimizer
+
+    optimizer = make_optimizer(cfg, model)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    seen = []
+    hook = Hook()
+    hook.after_iteration = lambda t: seen.append(t.metrics)
+    schedule = WarmupMultiStepLR(cfg, optimizer)
+    trainer.Trainer(
+        cfg, model, TrainLoader(cfg, 0, 0, 1), optimizer, schedule, scaler, torch.device("cpu"), hooks=[hook]
+    ).run()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-5, atol=1e-6, msg=name)
+    assert [m is not None for m in seen] == [False, True] * 4
+    for index, entry in enumerate(m for m in seen if m):
+        window = told[2 * index : 2 * index + 2]
+        assert entry["iteration"] == 2 * index + 2
+        assert entry["lr"] == pytest.approx(window[1]["lr"])
+        for name in ("loss_box", "loss_small"):
+            assert entry[name] == pytest.approx((window[0][name] + window[1][name]) / 2, rel=1e-4)
+        assert entry["loss"] == pytest.approx(entry["loss_box"] + entry["loss_small"])
+
+
+def test_what_a_run_leaves(tmp_path):
+    run = trainer.train(tiny_config(tmp_path, TEST_PERIOD=4))
+    assert (run.output, run.iteration) == (tmp_path, 8)
+    expected = {"config.yml", "labels.json", "last_checkpoint", "log.txt", "metrics.jsonl", "inference"}
+    expected |= {"model_0000003.pth", "model_0000006.pth", "model_final.pth"}
+    assert {p.name for p in tmp_path.iterdir()} == expected
+    assert json.loads((tmp_path / "labels.json").read_text()) == {"1": "thing"}
+    contents = checkpoint.read(tmp_path / "model_final.pth")
+    assert contents["categories"] == {1: "thing"}
+    assert contents["conventions"] == "modern"
+    assert contents["config"] == (tmp_path / "config.yml").read_text()
+    lines = metrics(tmp_path)
+    assert [line["iteration"] for line in lines if "loss" in line] == [2, 4, 6, 8]
+    assert {"lr", "time", "data_time", "images_per_second", "eta_seconds"} < set(lines[0])
+    tests = [line for line in lines if "eval" in line]
+    assert [line["iteration"] for line in tests] == [4, 8]
+    assert tests[-1]["eval"] == run.results
+    assert "iter: 8" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("stop", [3, 5], ids=["at a checkpoint", "between checkpoints"])
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, monkeypatch, stop):
+    trainer.train(tiny_config(tmp_path / "whole"), skip_test=True)
+    cfg = tiny_config(tmp_path / "parts")
+    with monkeypatch.context() as patch:
+        with_hook(patch, StopAfter(stop, lambda: os.kill(os.getpid(), signal.SIGINT)))
+        with pytest.raises(KeyboardInterrupt, match="--resume"):
+            trainer.train(cfg, skip_test=True)
+    assert checkpoint.read_last(tmp_path / "parts")[1]["iteration"] == stop
+    assert trainer.train(cfg, resume=True, skip_test=True).iteration == 8
+    assert_same_state(tmp_path / "whole/model_final.pth", tmp_path / "parts/model_final.pth")
+    whole, parts = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
+    assert [line["iteration"] for line in parts] == [2, 4, 6, 8]
+    assert parts[-1]["loss"] == whole[-1]["loss"]
+
+
+def test_random_seed_is_kept_on_resume(tmp_path, monkeypatch):
+    cfg = tiny_config(tmp_path)
+    cfg.SEED = -1
+    with monkeypatch.context() as patch:
+        with_hook(patch, StopAfter(4, lambda: os.kill(os.getpid(), signal.SIGINT)))
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(cfg, skip_test=True)
+    seed = checkpoint.read_last(tmp_path)[1]["seed"]
+    trainer.train(cfg, resume=True, skip_test=True)
+    assert checkpoint.read(tmp_path / "model_final.pth")["seed"] == seed
+    assert cfg.SEED == -1  # the caller's config is not changed
+
+
+def test_sigterm_saves_and_ends(tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    with_hook(monkeypatch, StopAfter(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(SystemExit) as end:
+        trainer.train(tiny_config(tmp_path), skip_test=True)
+    assert end.value.code == 143
+    assert checkpoint.read(tmp_path / "model_0000002.pth")["iteration"] == 2
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_second_ctrl_c_stops_at_once_and_still_saves(tmp_path, monkeypatch):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with_hook(monkeypatch, StopAfter(2, twice))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(tiny_config(tmp_path), skip_test=True)
+    assert checkpoint.read(tmp_path / "model_0000002.pth")["iteration"] == 2
+
+
+def test_an_error_in_the_data_loses_nothing(tmp_path, monkeypatch):
+    def broken(self):
+        for count, batch in enumerate(TrainLoader(self.cfg, 0, 0, 1).batches()):
+            if count == 5:
+                raise ValueError("image file a.jpg (image id 7) cannot be read")
+            yield batch
+
+    monkeypatch.setattr(TrainLoader, "batches", TrainLoader.__iter__, raising=False)
+    monkeypatch.setattr(TrainLoader, "__iter__", broken)
+    with pytest.raises(ValueError, match="image id 7"):
+        trainer.train(tiny_config(tmp_path), skip_test=True)
+    assert checkpoint.read_last(tmp_path)[1]["iteration"] == 5
+    assert "image id 7" in (tmp_path / "log.txt").read_text()  # with the stack trace
+
+
+def test_an_interrupted_update_is_not_saved(tmp_path, monkeypatch):
+    steps = []
+
+    def step(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(tiny_config(tmp_path), skip_test=True)
+    assert checkpoint.read_last(tmp_path)[1]["iteration"] == 3
+
+
+@pytest.mark.parametrize("at", [3, 4], ids=["found when read", "found before a checkpoint"])
+def test_loss_that_is_not_finite(tmp_path, monkeypatch, at):
+    """NaN in the batch of the iteration `at`, counted from 0: read after 4 (at = 3), and after 6, a checkpoint (at = 4)."""
+    original = TrainLoader.__iter__
+
+    def poisoned(self):
+        for number, (images, targets, ids) in enumerate(original(self)):
+            if number == at:
+                targets.boxes.fill_(float("nan"))
+            yield images, targets, ids
+
+    monkeypatch.setattr(TrainLoader, "__iter__", poisoned)
+    period = 3 if at == 3 else 5
+    with pytest.raises(FloatingPointError) as error:
+        trainer.train(tiny_config(tmp_path, CHECKPOINT_PERIOD=period, LOG_PERIOD=4 if at == 3 else 8), skip_test=True)
+    if at == 3:
+        assert "loss is not finite at iteration 4: loss_box nan, loss_small 0." in str(error.value)
+        assert [p.name for p in tmp_path.glob("*.pth")] == ["model_0000003.pth"]
+    else:
+        assert "loss is not finite at iteration 5: loss_box nan" in str(error.value)
+        assert list(tmp_path.glob("*.pth")) == []
+
+
+def test_folder_of_another_run_is_refused(tmp_path):
+    cfg = tiny_config(tmp_path, MAX_ITER=2)
+    trainer.train(cfg, skip_test=True)
+    before = (tmp_path / "model_final.pth").read_bytes()
+    with pytest.raises(FileExistsError, match=rf"{tmp_path} holds .* --resume .* OUTPUT_DIR"):
+        trainer.train(cfg, skip_test=True)
+    assert (tmp_path / "model_final.pth").read_bytes() == before
+
+
+def test_a_longer_schedule_goes_on(tmp_path):
+    trainer.train(tiny_config(tmp_path, MAX_ITER=4), skip_test=True)
+    assert trainer.train(tiny_config(tmp_path, MAX_ITER=6), resume=True, skip_test=True).iteration == 6
+    assert [line["iteration"] for line in metrics(tmp_path)] == [2, 4, 6]
+
+
+def test_resume_without_a_checkpoint_starts(tmp_path):
+    assert trainer.train(tiny_config(tmp_path, MAX_ITER=2), resume=True, skip_test=True).iteration == 2
+
+
+def test_numbered_folders(tmp_path):
+    base = tmp_path / "quick"
+    names = []
+    for resume in (True, False, True, False, False, True):
+        folder = trainer.output_folder(base, resume, numbered=True)
+        folder.mkdir(exist_ok=True)
+        names.append(folder.name)
+    assert names == ["quick", "quick-2", "quick-2", "quick-3", "quick-4", "quick-4"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_learns_and_resumes(tmp_path, dtype):
+    cfg = tiny_config(tmp_path, MAX_ITER=4)
+    cfg.DTYPE = dtype
+    trainer.train(cfg, skip_test=True)
+    contents = checkpoint.read(tmp_path / "model_final.pth")
+    assert all(value.dtype == torch.float32 for value in contents["model"].values())
+    assert bool(contents["scaler"]) == (dtype == "float16")
+    cfg.SOLVER.MAX_ITER = 40
+    trainer.train(cfg, resume=True, skip_test=True)
+    losses = [line["loss_box"] for line in metrics(tmp_path)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_resume_with_another_precision(tmp_path):
+    cfg = tiny_config(tmp_path, MAX_ITER=2)
+    trainer.train(cfg, skip_test=True)
+    cfg.DTYPE, cfg.SOLVER.MAX_ITER = "float16", 4
+    assert trainer.train(cfg, resume=True, skip_test=True).iteration == 4
+
+
+def test_no_gpu_is_one_message(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    cfg = tiny_config(tmp_path)
+    cfg.MODEL.DEVICE = "cuda"
+    with pytest.raises(ValueError, match=r"MODEL\.DEVICE is 'cuda'"):
+        trainer.train(cfg)
+
+
+def test_batch_that_the_processes_cannot_share(tmp_path, monkeypatch):
+    from fastrcnn.engine import distributed, inference
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    with pytest.raises(ValueError, match=r"SOLVER\.IMS_PER_BATCH is 4, which 3 processes"):
+        inference.check_shares(tiny_config(tmp_path))
+
+
+@pytest.mark.gpu
+def test_no_host_sync_between_readings(tmp_path):
+    cfg = tiny_config(tmp_path, LOG_PERIOD=100, CHECKPOINT_PERIOD=0, MAX_ITER=20)
+    device = torch.device("cuda")
+    from fastrcnn.engine.solver import WarmupMultiStepLR, make_optimizer
+
+    class OnDevice(TinyDetector):
+        def forward(self, images, targets):
+            return {"loss": self.head(self.conv(images.pixels).mean((2, 3))).square().mean()}
+
+    model = OnDevice().to(device)
+    batch = tuple(part.to(device) for part in next(iter(TrainLoader(cfg, 0, 0, 1)))[:2])
+    for dtype in ("float32", "float16", "bfloat16"):
+        cfg.DTYPE = dtype
+        optimizer = make_optimizer(cfg, model)
+        scaler = torch.amp.GradScaler("cuda", enabled=dtype == "float16")
+        run = trainer.Trainer(cfg, model, [], optimizer, WarmupMultiStepLR(cfg, optimizer), scaler, device)
+        run._restart_clock()
+        batches = iter([(*batch, [])] * 6)
+        for _ in range(3):
+            run._iterate(batches)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                run._iterate(batches)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        run._read_losses()
+        assert run.metrics["max_mem_mb"] > 0

@@ -1,0 +1,171 @@
+"""The same weights on the same photos give torchvision's detections, losses and gradients."""
+
+import pytest
+import torch
+from PIL import Image
+from support import DEVICE
+from torchvision.models.detection import FasterRCNN, MaskRCNN, fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.transforms.functional import pil_to_tensor
+
+import fastrcnn
+from fastrcnn import ops
+from fastrcnn.data.datasets import COCODataset
+from fastrcnn.weights.torchvision import convert
+
+BUILDERS = {"faster": fasterrcnn_resnet50_fpn, "mask": maskrcnn_resnet50_fpn}
+CLASSES = {"faster": FasterRCNN, "mask": MaskRCNN}
+
+
+def config(repository, kind, *overrides):
+    path = repository / "configs" / "torchvision" / f"{kind}_rcnn_R_50_FPN.yaml"
+    return fastrcnn.load_config(path, ["MODEL.DEVICE", DEVICE, *overrides])
+
+
+def photos(test_data, count):
+    paths = sorted((test_data / "coco_open" / "val2017").glob("*.jpg"))[:count]
+    return [pil_to_tensor(Image.open(p).convert("RGB")) for p in paths]
+
+
+@torch.no_grad()
+def perturb(model, image):
+    """Random weights that detect: batch norm calibrated on a photo, logits spread out, boxes moved."""
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    model.backbone.train()
+    model.backbone(image)
+    model.eval()
+    for norm in norms:
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.uniform_(-0.2, 0.2)
+        norm.running_var.mul_(torch.empty_like(norm.running_var).uniform_(0.8, 1.2))
+    for layer, target in (
+        (model.rpn.head.cls_logits, 3.0),
+        (model.rpn.head.bbox_pred, 0.3),
+        (model.roi_heads.box_predictor.cls_score, 3.0),
+        (model.roi_heads.box_predictor.bbox_pred, 1.0),
+    ):
+        spread(model, layer, target, image)
+
+
+@torch.no_grad()
+def spread(model, layer, deviation, image):
+    """Scale a layer so that its output has this standard deviation."""
+    seen = []
+    handle = layer.register_forward_hook(lambda _, __, out: seen.append(out.flatten()))
+    model([image[0]])
+    handle.remove()
+    factor = deviation / torch.cat(seen).std()
+    layer.weight.mul_(factor)
+    layer.bias.mul_(factor)
+
+
+@pytest.mark.parametrize("kind", ["faster", "mask"])
+def test_same_detections(kind, test_data, repository):
+    images = photos(test_data, 3)
+    theirs = BUILDERS[kind](weights=None, weights_backbone=None, min_size=256, max_size=400)
+    perturb(theirs, images[0][None].float() / 255)
+    sizes = "INPUT.MIN_SIZE_TEST 256 INPUT.MAX_SIZE_TEST 400".split()
+    cfg = config(repository, kind, *sizes, "MODEL.RESNETS.FROZEN_BN_EPS", "1e-5")
+    ours = fastrcnn.build_model(cfg).eval()
+    report = fastrcnn.weights.load(ours, theirs.state_dict())
+    assert not report.missing
+    assert not report.unexpected
+    theirs.to(DEVICE)
+
+    with torch.inference_mode():
+        want = theirs([i.to(DEVICE).float() / 255 for i in images])
+        got = ours(fastrcnn.ImageBatch.from_images(images, cfg).to(DEVICE)).to_boxlists()
+    assert sum(len(w["scores"]) for w in want) > 50  # otherwise nothing is compared
+    for w, g, image in zip(want, got, images, strict=True):
+        w = {k: v.cpu() for k, v in w.items()}
+        assert len(g) == len(w["scores"])
+        scores, labels = g.get_field("scores"), g.get_field("labels")
+        assert (scores[:-1] >= scores[1:]).all()
+        same = (labels[:, None] == w["labels"]) & ((scores[:, None] - w["scores"]).abs() < 1e-4)
+        distance = (g.bbox[:, None] - w["boxes"]).abs().amax(2)
+        partner = torch.where(same, distance, torch.inf).min(1)
+        assert (partner.values < 0.05).all()
+        assert partner.indices.unique().numel() == len(g)  # one to one
+        if kind == "mask":
+            pasted = ops.paste_masks(g.get_field("mask"), g.bbox, image.shape[-2:], threshold=None)
+            theirs_pasted = w["masks"][partner.indices, 0]
+            # an integer box side may fall on either side of a pixel border: then the whole mask shifts
+            exact = g.bbox.clone()
+            exact[:] = w["boxes"][partner.indices]
+            pasted_at_theirs = ops.paste_masks(g.get_field("mask"), exact, image.shape[-2:], threshold=None)
+            assert (pasted_at_theirs - theirs_pasted).abs().max() < 1e-3
+            moved = ((pasted - theirs_pasted).abs().amax((1, 2)) > 1e-3).float().mean()
+            assert moved < 0.05
+
+
+def exhaustive(kind):
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=5
+    )
+    everything = {"rpn_batch_size_per_image": 10**6, "box_batch_size_per_image": 10**6}
+    few = {"rpn_pre_nms_top_n_train": 60, "rpn_post_nms_top_n_train": 80}
+    model = CLASSES[kind](backbone, 91, min_size=224, max_size=320, **everything, **few)
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.2, 0.5)  # keeps random activations bounded
+    return model.train()
+
+
+@pytest.mark.parametrize("kind", ["faster", "mask"])
+def test_same_losses_and_gradients_when_sampling_is_exhaustive(kind, test_data, repository):
+    folder = test_data / "coco_open"
+    dataset = COCODataset(folder / "annotations" / "instances_train2017.json", folder / "train2017")
+    samples = [dataset[i][:2] for i in (3, 5)]
+    boxlists, images = [], []
+    for (image, target), size in zip(samples, ((320, 224), (224, 256)), strict=True):
+        images.append(pil_to_tensor(image.resize(size)))
+        target = target.resize(size)
+        target.add_field("masks", target.get_field("masks").convert("mask"))
+        boxlists.append(target)
+    boxlists.append(boxlists[0][:0])  # an image without objects is a negative
+    images.append(images[1].flip(2))
+
+    theirs = exhaustive(kind)
+    overrides = "MODEL.BACKBONE.FREEZE_CONV_BODY_AT 0 MODEL.RESNETS.FROZEN_BN_EPS 1e-5".split()
+    overrides += "MODEL.RPN.BATCH_SIZE_PER_IMAGE 1000000 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 1000000".split()
+    overrides += "MODEL.RPN.PRE_NMS_TOP_N_TRAIN 60 MODEL.RPN.FPN_POST_NMS_TOP_N_TRAIN 80".split()
+    cfg = config(repository, kind, *overrides)
+    ours = fastrcnn.build_model(cfg).train()
+    fastrcnn.weights.load(ours, theirs.state_dict())
+    theirs.to(DEVICE)
+
+    targets = [
+        {
+            "boxes": b.bbox.to(DEVICE),
+            "labels": b.get_field("labels").to(DEVICE),
+            "masks": b.get_field("masks").get_mask_tensor().to(DEVICE),
+        }
+        for b in boxlists
+    ]
+    want = theirs([i.to(DEVICE).float() / 255 for i in images], targets)
+    sum(want.values()).backward()
+
+    batch = fastrcnn.ImageBatch.from_tensors(images, [i.shape[-2:] for i in images], cfg)
+    padded = fastrcnn.TargetBatch.from_boxlists(boxlists, batch)
+    got = ours(batch.to(DEVICE), padded.to(DEVICE))
+    sum(got.values()).backward()
+
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+    gradients = convert({n: p.grad for n, p in theirs.named_parameters()})
+    own = {n: p.grad for n, p in ours.named_parameters()}
+    assert own.keys() == gradients.keys()
+    for name, value in gradients.items():
+        error = (own[name] - value).norm() / value.norm().clamp(min=1e-12)
+        assert error < 1e-4, f"{name}: relative error {error:.1e} of the gradient"
+
+
+def test_published_weights_have_no_eps(repository):
+    """torchvision sets eps to 0 when it loads its COCO V1 weights (`overwrite_eps`), and so does the convention."""
+    norm = next(m for m in fastrcnn.build_model(config(repository, "faster")).modules() if hasattr(m, "running_var"))
+    norm.running_var.fill_(0.25)
+    assert torch.allclose(norm(torch.ones(1, norm.weight.numel(), 1, 1, device=DEVICE)), torch.tensor(2.0))

@@ -1,0 +1,190 @@
+import math
+
+import pytest
+import torch
+from support import TOLERANCES, assert_accurate
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+from torchvision.models.detection._utils import BoxCoder as TorchvisionCoder
+
+from fastrcnn.ops.box_coder import (
+    DECODE,
+    DECODE_BACKWARD,
+    ENCODE,
+    ENCODE_BACKWARD,
+    BoxCoder,
+    decode_boxes,
+    encode_boxes,
+)
+
+WEIGHTS = (10.0, 8.0, 5.0, 4.0)
+
+
+def random_boxes(*shape, dtype=torch.float32):
+    corner = torch.rand(*shape, 2, dtype=torch.float64) * 100
+    return torch.cat((corner, corner + 4 + torch.rand(*shape, 2, dtype=torch.float64) * 60), -1).to(dtype)
+
+
+def by_hand(delta, anchor, weights, size):
+    """One box in plain Python."""
+    dx, dy, dw, dh = (d / w for d, w in zip(delta, weights, strict=True))
+    w, h = anchor[2] - anchor[0], anchor[3] - anchor[1]
+    x, y = (anchor[0] + anchor[2]) / 2 + dx * w, (anchor[1] + anchor[3]) / 2 + dy * h
+    w, h = w * math.exp(min(dw, math.log(62.5))) / 2, h * math.exp(min(dh, math.log(62.5))) / 2
+    corners = [x - w, y - h, x + w, y + h]
+    return [min(max(c, 0), size[1 - i % 2]) for i, c in enumerate(corners)] if size else corners
+
+
+def test_equals_torchvision():
+    boxes, anchors = random_boxes(50), random_boxes(50)
+    coder = TorchvisionCoder(WEIGHTS)
+    deltas = encode_boxes(boxes, anchors, WEIGHTS)
+    torch.testing.assert_close(deltas, coder.encode_single(boxes, anchors), rtol=0, atol=0)
+    deltas = torch.randn(50, 4 * 3) * 8  # some over the limit of dw, dh
+    got = decode_boxes(deltas.view(50, 3, 4), anchors[:, None], WEIGHTS)
+    torch.testing.assert_close(got, coder.decode_single(deltas, anchors).view(50, 3, 4), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("clip", [None, (70, 90)])
+def test_decode_by_hand(clip):
+    deltas, anchors = torch.randn(20, 4, dtype=torch.float64) * 10, random_boxes(20, dtype=torch.float64)
+    want = [by_hand(d, a, WEIGHTS, clip) for d, a in zip(deltas.tolist(), anchors.tolist(), strict=True)]
+    got = decode_boxes(deltas, anchors, WEIGHTS, clip)
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64))
+
+
+def test_clip_to_tensor_broadcasts():
+    deltas, anchors = torch.randn(2, 5, 3, 4), random_boxes(2, 5, 1)
+    sizes = torch.tensor([[60, 80], [50, 120]], dtype=torch.int32)
+    got = decode_boxes(deltas, anchors, clip_to=sizes[:, None, None])
+    for image, size in enumerate(sizes.tolist()):
+        torch.testing.assert_close(got[image], decode_boxes(deltas[image], anchors[image], clip_to=tuple(size)))
+    assert got[0, ..., 1::2].max() == 60
+    assert got[1, ..., 0::2].max() <= 120
+    assert got.min() == 0
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+def test_accuracy(dtype):
+    boxes, anchors, deltas = (
+        random_boxes(200, dtype=dtype),
+        random_boxes(200, dtype=dtype),
+        torch.randn(200, 4).to(dtype),
+    )
+    encoded = encode_boxes(boxes, anchors, WEIGHTS)
+    decoded = decode_boxes(deltas, anchors, WEIGHTS, (80, 90))
+    assert encoded.dtype == decoded.dtype == dtype
+    assert_accurate(encoded, encode_boxes(boxes.double(), anchors.double(), WEIGHTS), dtype)
+    assert_accurate(decoded, decode_boxes(deltas.double(), anchors.double(), WEIGHTS, (80, 90)), dtype)
+
+
+def test_half_deltas_with_float_anchors():
+    deltas, anchors = torch.randn(30, 4).half(), random_boxes(30)
+    got = decode_boxes(deltas, anchors)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, decode_boxes(deltas.float(), anchors), rtol=0, atol=0)
+    assert encode_boxes(anchors, anchors.half()).dtype == torch.float32
+
+
+def test_gradcheck():
+    boxes, anchors = random_boxes(3, 4, dtype=torch.float64), random_boxes(4, dtype=torch.float64)
+    deltas = torch.randn(3, 4, 4, dtype=torch.float64)
+    for x in (boxes, anchors, deltas):
+        x.requires_grad_()
+    torch.autograd.gradcheck(lambda b, a: encode_boxes(b, a, WEIGHTS), (boxes, anchors))
+    torch.autograd.gradcheck(lambda d, a: decode_boxes(d, a, WEIGHTS), (deltas, anchors))
+    torch.autograd.gradcheck(lambda d, a: decode_boxes(d, a, WEIGHTS, (70, 80)), (deltas, anchors))
+
+
+def test_no_gradient_through_clamps():
+    anchors = torch.tensor([[10.0, 10, 30, 30]])
+    deltas = torch.tensor([[0.0, 0, 5, 1]], requires_grad=True)  # dw over log(62.5)
+    decode_boxes(deltas, anchors)[..., 2:].sum().backward()
+    assert deltas.grad[0, 2] == 0
+    assert deltas.grad[0, 3] > 0
+    deltas = torch.zeros(1, 4, requires_grad=True)
+    decode_boxes(deltas, anchors, clip_to=(100, 25))[:, 2].sum().backward()  # x2 = 30 is cut at 25
+    assert deltas.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(requires_grad):
+    weights, sizes = list(WEIGHTS), torch.full((7, 2), 90, dtype=torch.int32)
+    boxes, anchors, deltas = random_boxes(7), random_boxes(7), torch.randn(7, 4)
+    for x in (boxes, anchors, deltas):
+        x.requires_grad_(requires_grad)
+    opcheck(ENCODE, (boxes, anchors, weights))
+    opcheck(DECODE, (deltas, anchors, None, weights, 4.0))
+    opcheck(DECODE, (deltas.detach().half().requires_grad_(requires_grad), anchors, sizes, weights, 4.0))
+    if not requires_grad:
+        opcheck(ENCODE_BACKWARD, (torch.randn(7, 4), boxes, anchors, weights))
+        opcheck(DECODE_BACKWARD, (torch.randn(7, 4), deltas.half(), anchors, sizes, weights, 4.0))
+
+
+def test_compiles():
+    def step(deltas, anchors, boxes, sizes):
+        return encode_boxes(boxes, decode_boxes(deltas, anchors[None], WEIGHTS, sizes[:, None])).square().sum()
+
+    sizes = torch.tensor([[500, 600], [400, 300]])
+    deltas, anchors, boxes = torch.randn(2, 9, 4), random_boxes(9), random_boxes(2, 9)
+    grads = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaf = deltas.clone().requires_grad_()
+        function(leaf, anchors, boxes, sizes).backward()
+        grads.append(leaf.grad)
+    assert grads[0].abs().min() > 0
+    torch.testing.assert_close(*grads)
+
+
+def test_fake_tensors():
+    with FakeTensorMode():
+        deltas = torch.empty(2, 9, 3, 4, dtype=torch.bfloat16, requires_grad=True)
+        out = decode_boxes(deltas, torch.empty(9, 1, 4), WEIGHTS, torch.empty(2, 1, 1, 2, dtype=torch.int32))
+        assert out.shape == (2, 9, 3, 4)
+        assert out.dtype == torch.float32
+        out.sum().backward()
+        assert deltas.grad.dtype == torch.bfloat16
+
+
+def test_empty_and_non_contiguous():
+    assert encode_boxes(torch.empty(0, 4), torch.empty(0, 4)).shape == (0, 4)
+    assert decode_boxes(torch.empty(2, 0, 4), torch.empty(0, 4), clip_to=(5, 5)).shape == (2, 0, 4)
+    assert BoxCoder(WEIGHTS).decode(torch.empty(0, 12), torch.empty(0, 4)).shape == (0, 12)
+    leaf = torch.randn(4, 6).requires_grad_()
+    anchors = random_boxes(6)
+    decode_boxes(leaf.t(), anchors).sum().backward()  # the gradient of a sum is an expanded tensor
+    copy = leaf.detach().t().contiguous().requires_grad_()
+    torch.testing.assert_close(decode_boxes(leaf.t(), anchors), decode_boxes(copy, anchors))
+    decode_boxes(copy, anchors).sum().backward()
+    torch.testing.assert_close(leaf.grad, copy.grad.t())
+
+
+def test_nan_and_infinity_stay_in_their_box():
+    deltas = torch.zeros(4, 4)
+    deltas[0, 0], deltas[1, 2], deltas[2, 3] = math.nan, math.nan, math.inf
+    anchors = torch.tensor([8.0, 8, 16, 16]).expand(4, 4)
+    got = decode_boxes(deltas, anchors, clip_to=(1000, 1000))
+    assert got[0, 0::2].isnan().all()
+    assert got[1, 0::2].isnan().all()
+    torch.testing.assert_close(got[2], torch.tensor([8.0, 0, 16, 262]))
+    torch.testing.assert_close(got[3], anchors[3])
+
+
+def test_box_coder():
+    boxes, anchors = random_boxes(6), random_boxes(6)
+    coder = BoxCoder(WEIGHTS)
+    deltas = coder.encode(boxes, anchors)
+    torch.testing.assert_close(deltas, encode_boxes(boxes, anchors, WEIGHTS))
+    both = coder.decode(torch.cat((deltas, torch.zeros(6, 4)), 1), anchors)
+    torch.testing.assert_close(both, torch.cat((boxes, anchors), 1))
+    growth = BoxCoder((1.0,) * 4, bbox_xform_clip=math.log(2)).decode(torch.full((1, 4), 9.0), anchors[:1])
+    torch.testing.assert_close(growth[:, 2:] - growth[:, :2], 2 * (anchors[:1, 2:] - anchors[:1, :2]))
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"boxes and anchors .* \[3, 5\]"):
+        encode_boxes(torch.rand(3, 5), torch.rand(3, 4))
+    with pytest.raises(ValueError, match="weights"):
+        decode_boxes(torch.rand(3, 4), torch.rand(3, 4), (1.0, 1.0))
+    with pytest.raises(ValueError, match="clip_to"):
+        decode_boxes(torch.rand(3, 4), torch.rand(3, 4), clip_to=torch.tensor([1, 2, 3]))

@@ -1,0 +1,24 @@
+"""Helpers that several test modules import."""
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# relative RMS and maximum error against the fp64 reference on inputs already rounded to the dtype
+TOLERANCES = {torch.float32: (1e-6, 1e-5), torch.float16: (1e-3, 4e-3), torch.bfloat16: (5e-3, 2e-2)}
+
+
+def assert_accurate(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
+    """got, as the op returned it, against the fp64 reference: relative RMS and maximum error within TOLERANCES[dtype].
+
+    The maximum is relative to the largest magnitude of the reference; NaN anywhere fails.
+    """
+    assert got.shape == want.shape
+    if want.numel() == 0:
+        return
+    error = (got.double() - want.double()).abs()
+    rms_limit, max_limit = TOLERANCES[dtype]
+    rms = error.square().mean().sqrt() / want.double().square().mean().sqrt().clamp(min=1e-30)
+    worst = error.max() / want.double().abs().max().clamp(min=1e-30)
+    assert rms <= rms_limit, f"relative RMS error {rms:.2e} over {rms_limit:.0e}"
+    assert worst <= max_limit, f"relative maximum error {worst:.2e} over {max_limit:.0e}"

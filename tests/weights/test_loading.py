@@ -1,0 +1,103 @@
+"""Weights: recognised, reported, and refused when they could run code or do not fit."""
+
+import pickle
+
+import pytest
+import torch
+from torchvision.models.detection import maskrcnn_resnet50_fpn
+
+import fastrcnn
+from fastrcnn.weights import WeightError, load, read_state
+from fastrcnn.weights.torchvision import convert
+
+
+@pytest.fixture(scope="module")
+def torchvision_state():
+    with torch.device("meta"):
+        model = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    return model.state_dict()
+
+
+def build(repository, *overrides):
+    path = repository / "configs" / "torchvision" / "mask_rcnn_R_50_FPN.yaml"
+    with torch.device("meta"):
+        return fastrcnn.build_model(fastrcnn.load_config(path, list(overrides)))
+
+
+def test_every_torchvision_tensor_finds_its_place(repository, torchvision_state):
+    own = {name: tuple(value.shape) for name, value in build(repository).state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in convert(torchvision_state).items()}
+    assert theirs == own
+
+
+def test_names_before_torchvision_0_14(torchvision_state):
+    """Those had no `.0` after the convolutions of the pyramid and of the heads, and mask_fcn1 to mask_fcn4."""
+    old = {}
+    for name, value in torchvision_state.items():
+        name = name.replace("rpn.head.conv.0.0.", "rpn.head.conv.")
+        for k in range(4):
+            name = name.replace(f"_blocks.{k}.0.", f"_blocks.{k}.")
+            name = name.replace(f"mask_head.{k}.0.", f"mask_head.mask_fcn{k + 1}.")
+        old[name] = value
+    assert old.keys() != torchvision_state.keys()
+    assert convert(old).keys() == convert(torchvision_state).keys()
+
+
+def test_report_lists_what_did_not_fit():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 4))
+    state = {
+        "0.weight": torch.ones(3, 2),
+        "0.bias": torch.ones(3),
+        "1.weight": torch.ones(5, 3),
+        "other": torch.ones(1),
+    }
+    before = model[1].weight.clone()
+    with pytest.raises(WeightError, match=r"1\.weight +\[5, 3\] in the weights, \[4, 3\] in the model"):
+        load(model, state)
+    report = load(model, state, skip_mismatch=True)
+    assert report.missing == ["1.bias"]
+    assert report.unexpected == ["other"]
+    assert report.mismatched == [("1.weight", (5, 3), (4, 3))]
+    assert torch.equal(model[0].weight, torch.ones(3, 2))
+    assert torch.equal(model[1].weight, before)
+    assert "1.bias" in str(report)
+    assert "other" in str(report)
+
+
+def test_another_number_of_classes_is_refused(repository, torchvision_state):
+    with pytest.raises(WeightError, match=r"NUM_CLASSES[\s\S]*roi_heads.box.predictor.cls_score.weight"):
+        load(build(repository, "MODEL.ROI_BOX_HEAD.NUM_CLASSES", "4"), torchvision_state)
+
+
+def test_own_checkpoint_and_parallel_prefix(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    path = tmp_path / "model.pth"
+    torch.save({"model": {f"module.{k}": v for k, v in model.state_dict().items()}, "iteration": 3}, path)
+    copy = torch.nn.Linear(2, 2)
+    report = load(copy, path)
+    assert report.loaded == ["weight", "bias"]
+    assert torch.equal(copy.weight, model.weight)
+
+
+class Hostile:
+    def __reduce__(self):
+        return (open, ("owned.txt", "w"))
+
+
+def test_hostile_and_broken_files_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"weight": Hostile()}))
+    torch.save({"weight": Hostile()}, tmp_path / "evil_zip.pth")
+    (tmp_path / "torn.pth").write_bytes(b"PK\x03\x04 not a checkpoint")
+    torch.save([1, 2, 3], tmp_path / "list.pth")
+    for name in ("evil.pth", "evil_zip.pth", "torn.pth", "list.pth"):
+        with pytest.raises(WeightError, match=name):
+            read_state(tmp_path / name)
+    assert not (tmp_path / "owned.txt").exists()
+    with pytest.raises(FileNotFoundError, match=r"absent\.pth"):
+        read_state(tmp_path / "absent.pth")
+
+
+def test_nothing_in_common_is_an_error():
+    with pytest.raises(WeightError, match="nothing in the state dict fits"):
+        load(torch.nn.Linear(2, 2), {"a": torch.ones(1)})
