@@ -16,6 +16,7 @@ from fastrcnn.structures import BoxList
 
 # Okabe and Ito's colours, which people with any kind of colour blindness can tell apart
 PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
+_YELLOW = 3  # too pale for lines on white
 MASK_OPACITY = 0.45
 # COCO's, from 0: legs, hips and trunk, arms, head
 PERSON_SKELETON = (
@@ -167,8 +168,14 @@ def _draw_labels(
         written.append(((x + 2 - left, y + 2 - top), text, font))
     for plate, (place, text, font), colour in reversed(list(zip(plates, written, colours, strict=True))):
         draw.rectangle((plate[0], plate[1], plate[2] - 1, plate[3] - 1), fill=colour)
-        bright = np.dot(colour, (0.299, 0.587, 0.114)) > 110
-        draw.text(place, text, font=font, fill=(0, 0, 0) if bright else (255, 255, 255))
+        draw.text(place, text, font=font, fill=_readable_on(colour))
+
+
+def _readable_on(colour: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Black or white, whichever has the higher contrast by WCAG 2: they are even at a luminance of 0.179."""
+    light = np.array(colour) / 255
+    linear = np.where(light <= 0.04045, light / 12.92, ((light + 0.055) / 1.055) ** 2.4)
+    return (0, 0, 0) if linear @ (0.2126, 0.7152, 0.0722) > 0.179 else (255, 255, 255)
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, size: tuple[int, int]) -> tuple[str, Any, tuple[int, int, int, int]]:
@@ -241,7 +248,7 @@ def plot_metrics(metrics_jsonl: Path | str, path: Path | str) -> None:
         raise ValueError(f"{metrics_jsonl} has no line with a loss or an evaluation")
     figure = Figure(figsize=(9, 9), layout="constrained")
     losses, rate, precision = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 2))
-    colours = [tuple(channel / 255 for channel in colour) for colour in PALETTE]
+    colours = [tuple(channel / 255 for channel in colour) for n, colour in enumerate(PALETTE) if n != _YELLOW]
 
     iterations = list(training)
     names = sorted({name for values in training.values() for name in values if name.startswith("loss_")})

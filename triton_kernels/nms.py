@@ -18,6 +18,7 @@ MASK_BYTES = 1 << 30  # sets are taken in groups whose bitmasks fit; one set may
 
 # No fusion: a contracted multiply-add decides differently at the threshold.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+SEGMENTED_OPTIONS = OPTIONS | {"num_warps": 8}  # with 4 the two tiles of the kernel spill registers on sm_90
 
 
 @triton.jit
@@ -181,9 +182,8 @@ def nms_pass_kernel(
     block = tl.program_id(0)
     segment = tl.program_id(1).to(tl.int64)
     flags_ptr += segment * steps
-    if step > 0:
-        if tl.load(flags_ptr + step - 1) == 0:
-            return  # both keep buffers already hold the answer
+    if (step > 0) & (tl.load(flags_ptr + tl.maximum(step - 1, 0)) == 0):
+        return  # both keep buffers already hold the answer
     count = tl.load(counts_ptr + segment)
     mask_ptr += segment * tl.num_programs(0) * BLOCK * pitch
     keep_in_ptr += segment * pitch
@@ -223,7 +223,7 @@ def nms_sweep_kernel(mask_ptr, counts_ptr, keep_ptr, flags_ptr, rows, pitch, ste
     mask_ptr += segment * rows * pitch
     keep_ptr += segment * pitch
     lane = tl.arange(0, 32)
-    for own in range(0, tl.cdiv(count, 32)):
+    for own in range(tl.cdiv(count, 32)):
         j = own * 32 + lane
         row = mask_ptr + j.to(tl.int64) * pitch
         hit = tl.zeros([32], tl.int32)
@@ -271,7 +271,7 @@ def nms_segmented(
         threshold,
         LABELLED=labels is not None,
         BLOCK=BLOCK,
-        **OPTIONS,
+        **SEGMENTED_OPTIONS,
     )
     return indices, kept_counts
 

@@ -314,7 +314,7 @@ class DatasetsConfig(Section):
 
     TRAIN: tuple[str, ...] = key((), "names of the datasets to train on, one after another")
     TEST: tuple[str, ...] = key((), "names of the datasets to evaluate on, each by itself")
-    REGISTER: dict[str, dict[str, str]] = field(
+    REGISTER: dict[str, dict[str, Any]] = field(
         default_factory=dict,
         metadata={
             "meaning": "your own datasets: name → {img_dir, ann_file} for COCO's layout, {data_dir, split} for PASCAL "

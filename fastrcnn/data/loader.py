@@ -19,8 +19,10 @@ from fastrcnn.structures import BoxList, ImageBatch, TargetBatch
 
 
 class Loader:
-    """An iterable of batches with `dataset` and `dataset_name`. A bad file raises its DataError here, also when a worker
-    process met it."""
+    """An iterable of batches with `dataset` and `dataset_name`.
+
+    A bad file raises its DataError here, also when a worker process met it.
+    """
 
     def __init__(self, batches: DataLoader, dataset: Any, dataset_name: str) -> None:
         self.batches = batches
@@ -40,8 +42,10 @@ class Loader:
 def make_data_loader(
     cfg: Any, is_train: bool, start_iter: int = 0, rank: int = 0, world_size: int = 1
 ) -> Loader | list[Loader]:
-    """For training one Loader of (ImageBatch, TargetBatch, ids) over all of DATASETS.TRAIN, from iteration start_iter to
-    SOLVER.MAX_ITER; for testing one Loader of (ImageBatch, ids) for each of DATASETS.TEST.
+    """The batches of DATASETS.TRAIN or DATASETS.TEST.
+
+    Training: one Loader of (ImageBatch, TargetBatch, ids) over all datasets, from start_iter to SOLVER.MAX_ITER.
+    Testing: for each dataset one Loader of (ImageBatch, ids).
 
     Of world_size processes each gets its own part: in training equal ones, in testing every image once. Order and
     augmentation depend on SEED, iteration and image alone: not on the number of workers, nor on where a run resumed.

@@ -1,4 +1,4 @@
-"""Which images come when. Every order is a function of seed, epoch and rank alone, so that a resumed run continues it."""
+"""Which images come when. Each order follows from seed, epoch and rank alone, so that a resumed run continues it."""
 
 from __future__ import annotations
 

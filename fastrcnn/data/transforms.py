@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms import ColorJitter as TorchColorJitter
 from torchvision.transforms.v2 import functional as F
 
@@ -45,17 +46,24 @@ class ColorJitter:
 
 
 class Resize:
-    """The shorter side becomes min_size (one of several, drawn for each image), unless the longer would pass max_size."""
+    """The shorter side becomes min_size (one of several, drawn each time), unless the longer would pass max_size.
 
-    def __init__(self, min_size: int | Sequence[int], max_size: int) -> None:
+    antialias=False is torchvision's way, as in `ImageBatch.from_images`: plain bilinear, both sides truncated.
+    """
+
+    def __init__(self, min_size: int | Sequence[int], max_size: int, antialias: bool = True) -> None:
         self.min_size = [min_size] if isinstance(min_size, int) else list(min_size)
         self.max_size = max_size
+        self.antialias = antialias
 
     def __call__(self, image: Image.Image, target: BoxList) -> tuple[Image.Image, BoxList]:
         chosen = 0 if len(self.min_size) == 1 else int(torch.randint(len(self.min_size), ()))
-        height, width = scaled_size(image.height, image.width, self.min_size[chosen], self.max_size)
-        height, width = max(height, 1), max(width, 1)
-        return image.resize((width, height), Image.Resampling.BILINEAR), target.resize((width, height))
+        min_size = self.min_size[chosen]
+        height, width = scaled_size(image.height, image.width, min_size, self.max_size, exact=self.antialias)
+        if self.antialias:
+            return image.resize((width, height), Image.Resampling.BILINEAR), target.resize((width, height))
+        pixels = interpolate(F.pil_to_tensor(image)[None].float(), (height, width), mode="bilinear")
+        return F.to_pil_image(pixels[0].round().byte()), target.resize((width, height))
 
 
 class RandomHorizontalFlip:
@@ -95,11 +103,11 @@ def build_transforms(cfg: Any, is_train: bool) -> Compose:
     """The transforms that cfg.INPUT asks for; for testing only the resizing."""
     wanted = cfg.INPUT
     if not is_train:
-        return Compose([Resize(wanted.MIN_SIZE_TEST, wanted.MAX_SIZE_TEST), ToTensor()])
+        return Compose([Resize(wanted.MIN_SIZE_TEST, wanted.MAX_SIZE_TEST, wanted.ANTIALIAS), ToTensor()])
     return Compose(
         [
             ColorJitter(wanted.BRIGHTNESS, wanted.CONTRAST, wanted.SATURATION, wanted.HUE),
-            Resize(wanted.MIN_SIZE_TRAIN, wanted.MAX_SIZE_TRAIN),
+            Resize(wanted.MIN_SIZE_TRAIN, wanted.MAX_SIZE_TRAIN, wanted.ANTIALIAS),
             RandomHorizontalFlip(wanted.HORIZONTAL_FLIP_PROB_TRAIN),
             RandomVerticalFlip(wanted.VERTICAL_FLIP_PROB_TRAIN),
             ToTensor(),

@@ -1,10 +1,10 @@
 """Training, testing, checkpoints, and the processes that share the work."""
 
-from fastrcnn.engine.checkpoint import Checkpointer, find, read
+from fastrcnn.engine.checkpoint import Checkpointer, config_of, find, read
 from fastrcnn.engine.hooks import Hook
-from fastrcnn.engine.inference import inference, load_predictions, test
+from fastrcnn.engine.inference import load_predictions, test, test_all
 from fastrcnn.engine.solver import WarmupMultiStepLR, lr_factor, make_optimizer
-from fastrcnn.engine.trainer import Run, Trainer, train
+from fastrcnn.engine.trainer import Run, Trainer, output_folder, train
 
 __all__ = [
     "Checkpointer",
@@ -12,12 +12,14 @@ __all__ = [
     "Run",
     "Trainer",
     "WarmupMultiStepLR",
+    "config_of",
     "find",
-    "inference",
     "load_predictions",
     "lr_factor",
     "make_optimizer",
+    "output_folder",
     "read",
     "test",
+    "test_all",
     "train",
 ]

@@ -7,13 +7,15 @@ A file holds {"model", "optimizer", "scheduler", "scaler", "iteration", "config"
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import nn
 
+from fastrcnn.config import Config, load_config
 from fastrcnn.engine import distributed
 
 logger = logging.getLogger("fastrcnn")
@@ -59,7 +61,8 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different type for each kind of damage
-        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+        reason = f"{type(error).__name__} {error}".splitlines()[0]
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(contents, dict) or not isinstance(contents.get("model"), dict):
         raise ValueError(f"{path} is not a checkpoint of this program: it has no 'model'")
     return contents
@@ -111,6 +114,19 @@ def find(path: str | Path) -> Path:
     if newest is None:
         raise FileNotFoundError(f"no checkpoint at {path}: wanted a .pth file, or a folder that tools/train.py wrote")
     return newest
+
+
+def config_of(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config that a checkpoint was trained with, OUTPUT_DIR being the folder where it lies now, then KEY VALUE
+    overrides."""
+    path = Path(path)
+    text = read(path).get("config")
+    if not isinstance(text, str):
+        raise ValueError(f"{path} carries no config: name one with --config-file")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"config of {path.name}"
+        file.write_text(text, encoding="utf-8")
+        return load_config(file, ["OUTPUT_DIR", str(path.parent), *overrides])
 
 
 class Checkpointer:

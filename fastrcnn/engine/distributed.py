@@ -5,10 +5,13 @@ who is who. Without it there is one process and every function here is the trivi
 NCCL; tensors in host memory and Python objects travel over gloo, so that gathering detections takes no GPU memory.
 """
 
+import itertools
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +24,7 @@ from fastrcnn.models import resolve_device
 T = TypeVar("T")
 # rank 0 evaluates alone while the others wait, so the limit must exceed the longest evaluation
 TIMEOUT = timedelta(minutes=60)
+_sessions = itertools.count()
 
 
 def rank() -> int:
@@ -36,6 +40,11 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes files and messages."""
     return rank() == 0
+
+
+def is_active() -> bool:
+    """Whether the processes are joined: inside `session`, under torchrun."""
+    return dist.is_initialized()
 
 
 def local_device(name: str) -> torch.device:
@@ -58,21 +67,23 @@ def local_device(name: str) -> torch.device:
 
 @contextmanager
 def session(device_name: str) -> Iterator[torch.device]:
-    """Joins the processes of torchrun for the length of the block and gives this process's device. May be nested."""
+    """Joins the processes of torchrun for the length of the block and gives this process's device. May be nested.
+
+    Every process enters the same sessions in the same order.
+    """
     device = local_device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size() == 1 or dist.is_initialized():
         yield device
         return
-    if device.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device)
-    else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+    # torchrun's store outlives the session, so each session keeps its keys apart from those of the one before
+    store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store = dist.PrefixStore(f"session {next(_sessions)}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
+    yield device
+    dist.destroy_process_group()  # after an error not: NCCL would wait for what the other ranks no longer do
 
 
 def barrier() -> None:
@@ -139,7 +150,12 @@ def wrap(model: nn.Module) -> nn.Module:
     """
     if not dist.is_initialized():
         return model
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # weights of 1×1 convolutions have two valid layouts, and their gradients may come in the other: a tiny copy
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    ddp = nn.parallel.DistributedDataParallel
+    # torch 2.15 has a new name for the option
+    option = "forward_sync_buffers" if "forward_sync_buffers" in signature(ddp).parameters else "broadcast_buffers"
+    return ddp(model, gradient_as_bucket_view=True, **{option: False})
 
 
 def unwrap(model: nn.Module) -> nn.Module:

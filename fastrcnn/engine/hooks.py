@@ -40,13 +40,13 @@ class Checkpoints(Hook):
 
     def after_iteration(self, trainer: "Trainer") -> None:
         if self.period > 0 and trainer.iteration % self.period == 0:
-            trainer.check_weights()
+            trainer.check()
             self.checkpointer.save(trainer.iteration)
             self.saved = trainer.iteration
 
     def after_training(self, trainer: "Trainer", error: BaseException | None) -> None:
         if error is None:
-            trainer.check_weights()
+            trainer.check()
             self.checkpointer.save(trainer.iteration, "model_final.pth")
         elif trainer.iteration > self.saved:
             if trainer.updating:
@@ -55,7 +55,7 @@ class Checkpoints(Hook):
                 )
                 return
             try:
-                trainer.check_weights()
+                trainer.check()
                 self.checkpointer.save(trainer.iteration)
             except Exception as failure:  # the error that stopped the run is the one to tell
                 logger.warning("no checkpoint of iteration %d: %s", trainer.iteration, failure)

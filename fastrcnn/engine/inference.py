@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fastrcnn import weights as weight_files
-from fastrcnn.config import Config, ConfigError, conventions_of
+from fastrcnn.config import Config, conventions_of
 from fastrcnn.data import make_data_loader
 from fastrcnn.engine import checkpoint, distributed
 from fastrcnn.engine.logging import has_terminal, log_to
@@ -27,14 +27,6 @@ Results = dict[str, dict[str, float]]  # {"bbox": {"AP": …, "AP50": …}, "seg
 def autocast(cfg: Config, device: torch.device) -> torch.autocast:
     """Mixed precision where DTYPE is "float16" or "bfloat16", nothing where it is "float32"."""
     return torch.autocast(device.type, getattr(torch, cfg.DTYPE), enabled=cfg.DTYPE != "float32")
-
-
-def check_shares(cfg: Config) -> None:
-    """ConfigError unless the processes can share the batches of training and of testing evenly."""
-    world_size = distributed.world_size()
-    for key, count in (("SOLVER", cfg.SOLVER.IMS_PER_BATCH), ("TEST", cfg.TEST.IMS_PER_BATCH)):
-        if count % world_size != 0:
-            raise ConfigError(f"{key}.IMS_PER_BATCH is {count}, which {world_size} processes cannot share evenly")
 
 
 @torch.inference_mode()
@@ -141,7 +133,6 @@ def test(cfg: Config, weights: str | Path) -> dict[str, Results]:
     """
     with distributed.session(cfg.MODEL.DEVICE) as device, log_to(cfg.OUTPUT_DIR):
         rank, world_size = distributed.rank(), distributed.world_size()
-        check_shares(cfg)
         path = checkpoint.find(weights)
         model = build_model(cfg).to(device)
         report = weight_files.load(model, path)

@@ -68,6 +68,8 @@ def exit_on_user_error() -> Iterator[None]:
     except USER_ERRORS as error:
         if distributed.is_main():
             print(f"error: {error}", file=sys.stderr)
+        elif distributed.is_active():  # before that all processes see the same mistake, and one tells it
+            print(f"error in process {distributed.rank()}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as error:
         if distributed.is_main():

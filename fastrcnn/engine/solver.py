@@ -28,7 +28,12 @@ def make_optimizer(cfg: Config, model: nn.Module) -> torch.optim.SGD:
     ]
     groups = [group for group in groups if group["params"]]
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
-    return torch.optim.SGD(groups, lr=solver.BASE_LR, momentum=solver.MOMENTUM, fused=fused)
+    optimizer = torch.optim.SGD(groups, lr=solver.BASE_LR, momentum=solver.MOMENTUM, fused=fused)
+    if solver.MOMENTUM != 0:
+        # when float16 overflows in the first iteration, the fused step skips it and takes unset memory in the next
+        for parameter in (*weights, *biases):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def lr_factor(cfg: Config, iteration: int) -> float:

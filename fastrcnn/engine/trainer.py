@@ -23,7 +23,7 @@ from fastrcnn.config import Config, ConfigError, dump_config
 from fastrcnn.data import make_data_loader
 from fastrcnn.engine import checkpoint, distributed
 from fastrcnn.engine.hooks import Checkpoints, Hook, MetricsFile, PeriodicTest, Progress
-from fastrcnn.engine.inference import autocast, check_shares, test_all
+from fastrcnn.engine.inference import autocast, test_all
 from fastrcnn.engine.logging import has_terminal, log_to
 from fastrcnn.engine.solver import WarmupMultiStepLR, make_optimizer
 from fastrcnn.models import build_model
@@ -150,17 +150,7 @@ class Trainer:
         """Sets `metrics` from the iterations since the last reading. The one host sync of training."""
         values = distributed.mean_over_ranks(torch.stack(self._losses)).cpu()  # [iterations, losses]
         count = len(values)
-        bad = ~values.isfinite().all(1)
-        if bad.any():
-            first = int(bad.float().argmax())
-            number = self.iteration - count + 1 + first
-            told = ", ".join(
-                f"{name} {value:.4g}" for name, value in zip(self._names, values[first].tolist(), strict=True)
-            )
-            raise FloatingPointError(
-                f"loss is not finite at iteration {number}: {told}. The last good checkpoint is kept. "
-                "Usual cures: a lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS, or SOLVER.CLIP_GRADIENTS"
-            )
+        self._check_losses(values)
         self._losses = []
         means = values.double().mean(0).tolist()
         seconds = (time.perf_counter() - self._since - self._elsewhere) / count
@@ -178,9 +168,21 @@ class Trainer:
             self.metrics["max_mem_mb"] = torch.cuda.max_memory_allocated(self.device) / 2**20
         self._restart_clock()
 
-    def check_weights(self) -> None:
-        """Raises FloatingPointError, naming the first such tensor, unless all weights are finite. Called before they
-        are written."""
+    def _check_losses(self, values: Tensor) -> None:
+        bad = ~values.isfinite().all(1)
+        if bad.any():
+            first = int(bad.float().argmax())
+            told = ", ".join(f"{k} {v:.4g}" for k, v in zip(self._names, values[first].tolist(), strict=True))
+            raise FloatingPointError(
+                f"loss is not finite at iteration {self.iteration - len(values) + 1 + first}: {told}. The last good "
+                "checkpoint is kept. Usual cures: a lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS, or "
+                "SOLVER.CLIP_GRADIENTS"
+            )
+
+    def check(self) -> None:
+        """Raises FloatingPointError unless the losses and all weights are finite. Called before weights are written."""
+        if self._losses:
+            self._check_losses(torch.stack(self._losses).cpu())
         state = {k: v for k, v in distributed.unwrap(self.model).state_dict().items() if v.is_floating_point()}
         finite = torch.stack([v.isfinite().all() for v in state.values()]).tolist()
         if not all(finite):
@@ -204,7 +206,8 @@ def _stop_requests() -> Iterator[list[int]]:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
-        logger.info("stopping after this iteration (Ctrl-C again: at once)")
+        if distributed.is_main():  # written past the buffers, which the signal may have interrupted
+            os.write(2, b"\nstopping after this iteration; Ctrl-C again: at once\n")
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -235,7 +238,7 @@ def train(cfg: Config, resume: bool = False, skip_test: bool = False, numbered: 
 
     resume: go on from the newest checkpoint of OUTPUT_DIR; without one, start. Without `resume` a folder that holds
     checkpoints is refused (FileExistsError). numbered: use OUTPUT_DIR, OUTPUT_DIR-2, OUTPUT_DIR-3, …: the first that is
-    free, or with `resume` the last that there is.
+    free, or with `resume` the last that holds checkpoints.
 
     Writes config.yml, labels.json, log.txt, metrics.jsonl, model_*.pth, last_checkpoint and inference/<dataset>/.
     """
@@ -250,12 +253,11 @@ def output_folder(path: str | Path, resume: bool, numbered: bool) -> Path:
     """The folder that a run is to use: see `train`."""
     path = Path(path)
     if numbered:
-        free = number = 1
-        while (folder := path if number == 1 else path.with_name(f"{path.name}-{number}")).exists():
-            free, number = number + 1, number + 1
-        if free == 1 or not resume:
-            return folder
-        return path if free == 2 else path.with_name(f"{path.name}-{free - 1}")
+        folders = [path]
+        while folders[-1].exists():
+            folders.append(path.with_name(f"{path.name}-{len(folders) + 1}"))
+        used = [folder for folder in folders if checkpoint.exists_in(folder)]
+        return used[-1] if resume and used else folders[-1]
     if not resume and checkpoint.exists_in(path):
         raise FileExistsError(
             f"{path} holds the checkpoints of another run: add --resume to go on with it, or choose another OUTPUT_DIR"
@@ -266,7 +268,6 @@ def output_folder(path: str | Path, resume: bool, numbered: bool) -> Path:
 def _train(cfg: Config, device: torch.device, resume: bool, skip_test: bool) -> Run:
     output, solver = Path(cfg.OUTPUT_DIR), cfg.SOLVER
     world_size, rank = distributed.world_size(), distributed.rank()
-    check_shares(cfg)
     if solver.LOG_PERIOD < 1:
         raise ConfigError(f"SOLVER.LOG_PERIOD is {solver.LOG_PERIOD}; it must be at least 1")
     newest = checkpoint.read_last(output) if resume else None
@@ -274,7 +275,7 @@ def _train(cfg: Config, device: torch.device, resume: bool, skip_test: bool) -> 
         cfg.SEED = newest[1].get("seed", 0) if newest else distributed.from_main(lambda: time.time_ns() % 2**31)
     seed_all(cfg.SEED, rank, 0)
     logger.info(
-        "%s, torch %s, %d process(es) on %s, seed %d",
+        "python %s, torch %s, %d process(es) on %s, seed %d",
         platform.python_version(),
         torch.__version__,
         world_size,
@@ -306,7 +307,7 @@ def _train(cfg: Config, device: torch.device, resume: bool, skip_test: bool) -> 
             if skip_test and not solver.TEST_PERIOD
             else make_data_loader(cfg, is_train=False, rank=rank, world_size=world_size)
         )
-    categories = {int(k): str(v) for k, v in loader.dataset.categories.items()}
+    categories = {int(k): str(v) for k, v in getattr(loader.dataset, "categories", {}).items()}
     checkpointer.extra["categories"] = categories
 
     metrics = None

@@ -131,12 +131,14 @@ def _rows(dataset: Any, index: int, boxlist: BoxList, iou_type: str) -> Iterator
             raise ValueError(f"prediction {index} has no field {field!r}, which {iou_type} results need")
     values: list[dict]
     if iou_type == "bbox":
-        boxes = boxlist.convert("xyxy").bbox.double()  # float64: the sides lose nothing more than the corners did
-        values = [{"bbox": box} for box in torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()]
+        values = [{"bbox": box} for box in _xywh(boxlist).tolist()]
     elif iou_type == "segm":
         values = [{"segmentation": code} for code in boxlist.get_field("rle")]
     else:
-        values = [{"keypoints": points} for points in _points(boxlist.get_field("keypoints")).flatten(1).tolist()]
+        values = [
+            {"keypoints": points}
+            for points in _points(boxlist.get_field("keypoints")).flatten(1).round(decimals=3).tolist()
+        ]
     to_json = getattr(dataset, "contiguous_category_id_to_json_id", None)
     labels = boxlist.get_field("labels").tolist()
     image_id = image_id_of(dataset, index)
@@ -146,6 +148,12 @@ def _rows(dataset: Any, index: int, boxlist: BoxList, iou_type: str) -> Iterator
                 f"prediction {index} (image id {image_id}) has label {label}, wanted one of 1..{len(to_json)}"
             )
         yield image_id, label if to_json is None else to_json[label], value, score
+
+
+def _xywh(boxlist: BoxList) -> torch.Tensor:
+    """float64 [N,4], rounded to 0.001 pixels: the error of float32 corners would flip IoUs that lie on a threshold."""
+    boxes = boxlist.convert("xyxy").bbox.double()
+    return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).round(decimals=3)
 
 
 def _points(keypoints: Any) -> torch.Tensor:
@@ -190,12 +198,11 @@ def coco_from_targets(dataset: Any) -> COCO:
 
 def _annotations(dataset: Any, target: BoxList) -> Iterator[dict]:
     to_json = getattr(dataset, "contiguous_category_id_to_json_id", None) or {}
-    boxes = target.bbox.double()
-    areas = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).tolist()
+    boxes = _xywh(target)
+    sides, areas = boxes.tolist(), boxes[:, 2:].prod(1).tolist()
     crowd = target.get_field("iscrowd").tolist() if target.has_field("iscrowd") else [0] * len(target)
     codes = _codes(target.get_field("masks")) if target.has_field("masks") else None
     points = _points(target.get_field("keypoints")).flatten(1).tolist() if target.has_field("keypoints") else None
-    sides = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
     for number, label in enumerate(target.get_field("labels").tolist()):
         annotation = {
             "category_id": to_json.get(label, label),

@@ -111,6 +111,11 @@ def smooth_l1(error: Tensor, positive: Tensor, beta: float) -> Tensor:
     return torch.where(size < beta, 0.5 * size * size / beta, size - 0.5 * beta)
 
 
+def widen(x: Tensor) -> Tensor:
+    """float16 and bfloat16 as float32, for what follows the network: losses, probabilities and boxes."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def weighted_mean(value: Tensor, weight: Tensor) -> Tensor:
     """Σ value·weight / Σ weight; 0 where all weights are 0. The shape is fixed, so no sync is needed."""
     return (value * weight).sum() / weight.sum().clamp(min=1)

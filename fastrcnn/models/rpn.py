@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastrcnn import ops
 from fastrcnn.config import ConfigError, conventions_of
 from fastrcnn.models.anchors import cell_anchors_of_levels, level_strides
-from fastrcnn.models.layers import conv, gather_rows, smooth_l1, weighted_mean
+from fastrcnn.models.layers import conv, gather_rows, smooth_l1, weighted_mean, widen
 from fastrcnn.structures import ImageBatch, ProposalBatch, TargetBatch
 
 
@@ -103,12 +103,13 @@ class RPN(nn.Module):
             labels = torch.where(inside, labels, -1)
         index, weight = ops.sample_balanced(labels, self.spec.BATCH_SIZE_PER_IMAGE, self.spec.POSITIVE_FRACTION)
         positive = weight * (labels.gather(1, index) > 0)
+        objectness_logits = widen(logits.gather(1, index))
         objectness = F.binary_cross_entropy_with_logits(
-            logits.gather(1, index).float(), (positive > 0).float(), reduction="none"
+            objectness_logits, (positive > 0).to(objectness_logits.dtype), reduction="none"
         )
         gt = gather_rows(targets.boxes, matched.gather(1, index).clamp(min=0))
         wanted = ops.encode_boxes(gt, anchors[index])
-        error = smooth_l1(gather_rows(deltas, index).float() - wanted, positive > 0, self.spec.SMOOTH_L1_BETA)
+        error = smooth_l1(widen(gather_rows(deltas, index)) - wanted, positive > 0, self.spec.SMOOTH_L1_BETA)
         return {
             "loss_objectness": weighted_mean(objectness, weight),
             "loss_rpn_box_reg": error.sum() / weight.sum().clamp(min=1),

@@ -9,7 +9,6 @@ from torch.nn.functional import pad
 from fastrcnn.ops import _library
 from fastrcnn.ops.box_coder import decode_boxes
 from fastrcnn.ops.nms import nms_padded
-from fastrcnn.ops.reference import proposals as reference
 
 
 def _composite(
@@ -33,19 +32,17 @@ def _composite(
     counts = [level_logits.shape[1] for level_logits, _, _ in levels]
     most = max(counts)
     # levels with fewer candidates are filled up; their logit −inf makes them invalid
-    score = torch.stack([pad(level[0], (0, most - n), value=float("-inf")) for level, n in zip(levels, counts)], 1)
-    codes, anchors = (
-        torch.stack([pad(level[i], (0, 0, 0, most - n)) for level, n in zip(levels, counts)], 1) for i in (1, 2)
-    )
+    score = torch.stack([pad(part, (0, most - part.shape[1]), value=float("-inf")) for part, _, _ in levels], 1)
+    codes = torch.stack([pad(part, (0, 0, 0, most - part.shape[1])) for _, part, _ in levels], 1)
+    anchors = torch.stack([pad(part, (0, 0, 0, most - part.shape[1])) for _, _, part in levels], 1)
     boxes = decode_boxes(codes, anchors, weights, clip_to=image_sizes[:, None, None])  # [B, L, k, 4]
     sides = boxes[..., 2:] - boxes[..., :2]
     valid = score.isfinite() & codes.isfinite().all(-1) & (sides >= min_size).all(-1)
     score = torch.sigmoid(score)
 
-    kept, _ = nms_padded(
-        boxes.flatten(0, 1), score.flatten(0, 1), nms_threshold, min(post_nms_top_n, most), valid=valid.flatten(0, 1)
-    )
-    kept = kept.view(len(image_sizes), len(levels), -1)
+    per_level = min(post_nms_top_n, most)
+    kept, _ = nms_padded(boxes.flatten(0, 1), score.flatten(0, 1), nms_threshold, per_level, valid=valid.flatten(0, 1))
+    kept = kept.view(len(image_sizes), len(levels), per_level)
     slot = kept.clamp(min=0)
     boxes = boxes.gather(2, slot[..., None].expand(-1, -1, -1, 4)).flatten(1, 2)
     score = torch.where(kept >= 0, score.gather(2, slot), -1).flatten(1)
@@ -65,7 +62,7 @@ def _candidates(logits, deltas, cells, strides, pre_nms_top_n):
     logits, deltas = logits.detach(), deltas.detach()
     images, count, h, w = logits.shape
     dtype = torch.promote_types(deltas.dtype, torch.float32)
-    flat = logits.permute(0, 2, 3, 1).reshape(images, -1).to(dtype)
+    flat = logits.permute(0, 2, 3, 1).flatten(1).to(dtype)
     # NaN would come first
     best, index = torch.where(flat.isfinite(), flat, float("-inf")).topk(min(pre_nms_top_n, count * h * w), dim=1)
     cell, position = index % count, index // count
@@ -78,13 +75,11 @@ def _candidates(logits, deltas, cells, strides, pre_nms_top_n):
     return best, codes, cells.to(dtype)[cell] + shift.repeat(1, 1, 2)
 
 
-_SCHEMA = (
+_SELECT_PROPOSALS = _library.register_composite(
     "select_proposals(Tensor[] logits, Tensor[] deltas, Tensor[] cell_anchors, Tensor image_sizes, float[] strides, "
     "int pre_nms_top_n, int post_nms_top_n, int max_proposals, float nms_threshold, float min_size, float[] weights, "
-    "bool per_batch) -> (Tensor, Tensor, Tensor)"
-)
-_SELECT_PROPOSALS = _library.register_composite(
-    _SCHEMA, reference.select_proposals if _library.MODE == "reference" else _composite
+    "bool per_batch) -> (Tensor, Tensor, Tensor)",
+    _composite,
 )
 
 

@@ -15,7 +15,8 @@ from fastrcnn.ops.reference.roi_align import Regions, compute_dtype, is_channels
 _SETTINGS = (
     "SymInt[] output_size, float[] scales, int sampling_ratio, bool aligned, float canonical_size, int canonical_level"
 )
-_TAPS_PER_CHUNK = 1 << 17  # keeps the lists of taps and their result in the cache
+_TAPS_PER_CHUNK = 1 << 18  # forward: keeps the taps and their result in the cache
+_TAPS_PER_SORT = 1 << 22  # backward: each sort writes a whole map, so fewer of them
 
 
 def _fake(features, boxes, valid, output_size, *rest):
@@ -24,8 +25,8 @@ def _fake(features, boxes, valid, output_size, *rest):
     return torch.empty_like(out, memory_format=memory_format(is_channels_last(features[0])))
 
 
-def _fake_backward(grad, boxes, valid, shapes, channels_last, *rest):
-    levels = (grad.new_empty(shapes[i : i + 4]) for i in range(0, len(shapes), 4))
+def _fake_backward(grad, boxes, valid, shapes, channels_last, *rest, dtype=None):
+    levels = (grad.new_empty(shapes[i : i + 4], dtype=dtype) for i in range(0, len(shapes), 4))
     return [torch.empty_like(level, memory_format=memory_format(channels_last)) for level in levels]
 
 
@@ -37,19 +38,19 @@ def _cpu(features, boxes, valid, output_size, *rest):
     out = _fake(features, boxes, valid, output_size)
     if not regions.usable.all():
         out.zero_()
-    out_rows = out.permute(0, 2, 3, 1)
+    format_ = memory_format(is_channels_last(features[0]))
     for level, (feature, scale) in enumerate(zip(features, rest[0], strict=True)):
         rows = _rows_of_level(regions, level)
-        if not len(rows):
+        if not len(rows) or not out.numel():
             continue
         if _few_taps(regions, rows, output_size, feature.shape, is_channels_last(feature)):
             arguments = _torchvision_rois(regions, boxes, rows), scale, *output_size, *rest[1:3]
             out[rows] = torch.ops.torchvision.roi_align(feature.to(dtype), *arguments).to(out.dtype)
             continue
-        table = feature.permute(0, 2, 3, 1).to(dtype).reshape(-1, feature.shape[1])
-        for chunk, index, weight in _chunks(regions, rows, output_size, rest[1], _TAPS_PER_CHUNK):
-            part = reference.gather(table, index, weight)
-            out_rows[chunk] = part.view(-1, *output_size, feature.shape[1]).to(out.dtype)
+        table = feature.permute(0, 2, 3, 1).to(dtype).flatten(0, 2).contiguous()
+        for chunk, index, weight in _chunks(regions, rows, output_size, rest[1]):
+            part = reference.gather(table, index, weight).view(-1, *output_size, feature.shape[1])
+            out[chunk] = part.permute(0, 3, 1, 2).to(out.dtype).contiguous(memory_format=format_)
     return out
 
 
@@ -62,7 +63,7 @@ def _cpu_backward(grad, boxes, valid, shapes, channels_last, output_size, *rest)
     for level, (out, scale) in enumerate(zip(grads, rest[0], strict=True)):
         batch, channels, height, width = levels[level]
         rows = _rows_of_level(regions, level)
-        if not len(rows):
+        if not len(rows) or not channels:
             out.zero_()
             continue
         part = grad if len(rows) == len(grad) else grad[rows]
@@ -71,12 +72,11 @@ def _cpu_backward(grad, boxes, valid, shapes, channels_last, output_size, *rest)
             arguments = _torchvision_rois(regions, boxes, rows), scale, *output_size, *levels[level], *rest[1:3]
             out.copy_(torch.ops.torchvision._roi_align_backward(part.contiguous(), *arguments))
             continue
-        part = part.permute(0, 2, 3, 1).reshape(len(rows), -1)
         total = None
-        for chunk, index, weight in _chunks(regions, rows, output_size, rest[1], 32 * _TAPS_PER_CHUNK):
-            # rows rise, so the place of a chunk's boxes among them is found by bisection
-            own = part if len(chunk) == len(rows) else part[torch.searchsorted(rows, chunk)]
-            added = reference.scatter(own.reshape(-1, channels), index, weight, batch * height * width)
+        for piece in _pieces(regions, rows, output_size):
+            flat = reference.flat_taps(regions.select(rows[piece]), output_size, rest[1])
+            grad_rows = part[piece].permute(0, 2, 3, 1).flatten(0, 2).contiguous()
+            added = reference.scatter(grad_rows, *flat, batch * height * width)
             total = added if total is None else total.add_(added)
         out.copy_(total.view(batch, height, width, channels).permute(0, 3, 1, 2))
     return grads
@@ -86,12 +86,23 @@ def _rows_of_level(regions: Regions, level: int) -> Tensor:
     return ((regions.level == level) & regions.usable).nonzero().flatten()
 
 
-def _chunks(regions: Regions, rows: Tensor, output_size: Sequence[int], ratio: int, limit: int):
-    """(rows, their taps) in pieces of about `limit` taps."""
+def _chunks(regions: Regions, rows: Tensor, output_size: Sequence[int], ratio: int):
+    """(rows, their taps) in pieces of about _TAPS_PER_CHUNK taps."""
     for samples, group in reference.same_grid(regions, rows, ratio):
         taps_of_box = 4 * math.prod(samples) * math.prod(output_size)
-        for chunk in group.split(max(limit // max(taps_of_box, 1), 1)):
+        for chunk in group.split(max(_TAPS_PER_CHUNK // max(taps_of_box, 1), 1)):
             yield chunk, *reference.taps(regions.select(chunk), output_size, samples)
+
+
+def _pieces(regions: Regions, rows: Tensor, output_size: Sequence[int]) -> list[slice]:
+    """Slices of `rows` with about _TAPS_PER_SORT taps each."""
+    count = math.ceil(4 * _samples(regions, rows, output_size) / _TAPS_PER_SORT)
+    step = math.ceil(len(rows) / max(count, 1))
+    return [slice(first, first + step) for first in range(0, len(rows), step)]
+
+
+def _samples(regions: Regions, rows: Tensor, output_size: Sequence[int]) -> int:
+    return (regions.y.samples[rows] * regions.x.samples[rows]).sum().item() * math.prod(output_size)
 
 
 def _few_taps(regions: Regions, rows: Tensor, output_size, shape, channels_last: bool) -> bool:
@@ -103,8 +114,7 @@ def _few_taps(regions: Regions, rows: Tensor, output_size, shape, channels_last:
         return False
     y, x = regions.y.select(rows), regions.x.select(rows)
     limited = ((y.samples == y.extent) & (y.step > y.samples)) | ((x.samples == x.extent) & (x.step > x.samples))
-    samples = (y.samples * x.samples).sum().item() * math.prod(output_size)
-    return 2 * samples < shape[0] * shape[2] * shape[3] and not limited.any()
+    return 2 * _samples(regions, rows, output_size) < shape[0] * shape[2] * shape[3] and not limited.any()
 
 
 def _torchvision_rois(regions: Regions, boxes: Tensor, rows: Tensor) -> Tensor:
@@ -120,22 +130,27 @@ def _triton(features, boxes, valid, output_size, scales, sampling_ratio, aligned
 
     out = _fake(features, boxes, valid, output_size)
     thresholds = reference.level_thresholds(scales, canonical_size, canonical_level)
-    kernels.roi_align_forward(out, features, boxes, valid, scales, thresholds, sampling_ratio, aligned)
+    channels_last = is_channels_last(features[0])
+    kernels.roi_align_forward(
+        out, features, boxes, valid, scales, thresholds, sampling_ratio, aligned, channels_last=channels_last
+    )
     return out
 
 
 def _triton_backward(grad, boxes, valid, shapes, channels_last, output_size, scales, ratio, aligned, *canonical):
-    if grad.dtype == torch.float64:
+    # the kernel adds atomically, in an order that differs from run to run
+    if grad.dtype == torch.float64 or torch.are_deterministic_algorithms_enabled():
         rest = output_size, scales, ratio, aligned, *canonical
         return reference.multilevel_roi_align_backward(grad, boxes, valid, shapes, channels_last, *rest)
     from triton_kernels import roi_align as kernels
 
-    format_ = memory_format(channels_last)
-    grads = _fake_backward(grad.float(), boxes, valid, shapes, channels_last)
+    grads = _fake_backward(grad, boxes, valid, shapes, channels_last, dtype=torch.float32)
     for level in grads:
         level.zero_()
     thresholds = reference.level_thresholds(scales, *canonical)
-    kernels.roi_align_backward(grads, grad.contiguous(memory_format=format_), boxes, valid, scales, thresholds, ratio, aligned)
+    kernels.roi_align_backward(
+        grads, grad, boxes, valid, scales, thresholds, ratio, aligned, channels_last=channels_last
+    )
     return [level.to(grad.dtype) for level in grads]
 
 
@@ -217,7 +232,7 @@ def multilevel_roi_align(
     """
     if not features or len(features) != len(scales):
         raise ValueError(f"features and scales must be equally many, at least one: got {len(features)}, {len(scales)}")
-    if any(coarse >= fine for fine, coarse in zip(scales, scales[1:], strict=False)) or min(scales) <= 0:
+    if min(scales) <= 0 or any(scales[i + 1] >= scales[i] for i in range(len(scales) - 1)):
         raise ValueError(f"scales must be positive and fall from level to level: got {list(scales)}")
     first = features[0]
     for index, feature in enumerate(features):
@@ -325,10 +340,11 @@ class MultiScaleRoIAlign(nn.Module):
         self.scales: list[float] | None = None
 
     def forward(self, x: Mapping[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        """x: name -> [N, C, H, W], finest first. boxes: [L, 4] xyxy in image pixels for each image. image_shapes: (h, w).
+        """Pool from x, name -> [N, C, H, W], finest first.
 
-        The scales are powers of two, read off the first call's shapes. Returns [sum of L, C, height, width]. Raises
-        ValueError for no image shapes, AssertionError for boxes that are not [L, 4].
+        boxes: for each image [L, 4], xyxy in image pixels. image_shapes: (height, width) of each. The scales
+        are powers of two, read off the first call's shapes. Returns [sum of L, C, height, width]. Raises ValueError for
+        no image shapes, AssertionError for boxes that are not [L, 4].
         """
         features = [feature for name, feature in x.items() if name in self.featmap_names]
         if self.scales is None:

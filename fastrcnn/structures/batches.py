@@ -34,14 +34,17 @@ class _Batch:
         return self._map(lambda t: t.pin_memory())
 
 
-def scaled_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
+def scaled_size(height: int, width: int, min_size: int, max_size: int, exact: bool = True) -> tuple[int, int]:
     """The (height, width) at which an image is used: shorter side min_size, unless the longer would pass max_size.
 
-    maskrcnn-benchmark's rule: the shorter side is exact, the longer one is truncated.
+    exact: maskrcnn-benchmark's rule, by which only the longer side is truncated; else torchvision's, by which both are.
     """
     short, long = min(height, width), max(height, width)
+    if not exact:
+        scale = min(min_size / short, max_size / long)
+        return max(int(height * scale), 1), max(int(width * scale), 1)
     if long / short * min_size > max_size:
-        min_size = round(max_size * short / long)
+        min_size = max(round(max_size * short / long), 1)
     other = int(min_size * long / short)
     return (min_size, other) if height <= width else (other, min_size)
 
@@ -70,14 +73,12 @@ class ImageBatch(_Batch):
         resized = []
         for image in images:
             height, width = image.shape[-2:]
+            size = scaled_size(height, width, low, high, exact=cfg.INPUT.ANTIALIAS)
             if cfg.INPUT.ANTIALIAS:
-                size = scaled_size(height, width, low, high)
                 exact = image if image.device.type == "cpu" else image.float()  # uint8 kernels exist for the CPU only
                 out = F.interpolate(exact[None], size=size, mode="bilinear", antialias=True)[0]
                 resized.append(_normalise(out.round() if out.is_floating_point() else out, cfg))
             else:
-                scale = torch.tensor([low / min(height, width), high / max(height, width)]).min().item()
-                size = (int(height * scale), int(width * scale))
                 resized.append(F.interpolate(_normalise(image, cfg)[None], size=size, mode="bilinear")[0])
         return cls._pad(resized, [tuple(i.shape[-2:]) for i in images], cfg)
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrcnn.config import Config
+from fastrcnn.engine import inference, trainer
 from fastrcnn.structures import BoxList, DetectionBatch, ImageBatch, TargetBatch
 
 SIDE = 16
@@ -56,9 +57,8 @@ class TinyDetector(nn.Module):
 
 
 class TinyDataset:
-    categories = {1: "thing"}
-
     def __init__(self, count: int = 6):
+        self.categories = {1: "thing"}
         self.pixels = torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(5))
 
     def __len__(self) -> int:
@@ -97,6 +97,7 @@ class TrainLoader:
 
 
 class TestLoader:
+    __test__ = False
     dataset_name = "tiny"
 
     def __init__(self, rank: int, world_size: int):
@@ -118,8 +119,6 @@ def make_data_loader(cfg: Config, is_train: bool, start_iter: int = 0, rank: int
 
 def use_standins(noise: float = 0.1) -> None:
     """Puts the tiny detector and its data where `train` and `test` look for the real ones."""
-    from fastrcnn.engine import inference, trainer
-
     for module in (inference, trainer):
         module.build_model = lambda cfg: TinyDetector(noise)
         module.make_data_loader = make_data_loader

@@ -97,8 +97,8 @@ def test_damaged_newest_falls_back_with_a_warning(cfg, tmp_path, caplog):
 
 
 def test_order_of_candidates(tmp_path):
-    for name in ("model_final.pth", "model_0000005.pth", "model_0000010.pth", "model_0000007.pth", "model_x.pth", "a.pth"):
-        (tmp_path / name).write_bytes(b"x")
+    for name in ("final", "0000005", "0000010", "0000007", "x"):
+        (tmp_path / f"model_{name}.pth").write_bytes(b"x")
     names = [p.name for p in checkpoint.candidates(tmp_path)]
     assert names == ["model_0000010.pth", "model_0000007.pth", "model_0000005.pth", "model_final.pth"]
     (tmp_path / "last_checkpoint").write_text("/elsewhere/model_0000007.pth")  # a path of the original program

@@ -27,7 +27,8 @@ if distributed.world_size() > 1:
     with distributed.session("cpu"):
         rank = distributed.rank()
         report = {"gathered": distributed.gather_objects({"rank": rank, "data": [rank] * (rank + 1)})}
-        report["mean"] = distributed.mean_over_ranks(torch.tensor([float(rank), float("nan") if rank else 0.0])).tolist()
+        values = torch.tensor([rank, float("nan") if rank else 0.0])
+        report["mean"] = distributed.mean_over_ranks(values).tolist()
         report["from_main"] = distributed.from_main(lambda: f"made by {os.getpid()}" if rank == 0 else 1 / 0)
         try:
             distributed.from_main(lambda: int("x"))
@@ -47,16 +48,16 @@ def start(tmp_path, *launcher):
     path = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, str(script), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return tmp_path / "run"
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    start(one)
-    start(two, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    runs = start(one), start(two, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    for run in runs:
+        output, _ = run.communicate(timeout=120)
+        assert run.returncode == 0, output
     return one, two
 
 

@@ -16,8 +16,17 @@ def cfg():
 
 @pytest.mark.parametrize(
     ("iteration", "lr"),
-    [(0, 0.02 / 3), (250, 0.02 * 2 / 3), (499, 0.02 * (1 / 3 + 2 / 3 * 499 / 500)), (500, 0.02), (59999, 0.02)]
-    + [(60000, 0.002), (79999, 0.002), (80000, 0.0002), (90000, 0.0002)],
+    [
+        (0, 0.02 / 3),
+        (250, 0.02 * 2 / 3),
+        (499, 0.02 * (1 / 3 + 2 / 3 * 499 / 500)),
+        (500, 0.02),
+        (59999, 0.02),
+        (60000, 0.002),
+        (79999, 0.002),
+        (80000, 0.0002),
+        (90000, 0.0002),
+    ],
 )
 def test_learning_rate_of_the_1x_schedule(cfg, iteration, lr):
     assert 0.02 * lr_factor(cfg, iteration) == pytest.approx(lr, rel=1e-12)
@@ -65,3 +74,17 @@ def test_step_is_the_textbook_update(tmp_path):
         weight, bias = weight - 0.05 * velocity[0], bias - 0.1 * velocity[1]
     torch.testing.assert_close(model.head.weight.detach(), weight)
     torch.testing.assert_close(model.head.bias.detach(), bias)
+
+
+def test_overflow_in_the_first_step_leaves_no_trace(tmp_path):
+    """The fused SGD of torch starts from unset momentum after a step that the gradient scaler skipped."""
+    model = TinyDetector()
+    optimizer = make_optimizer(tiny_config(tmp_path, WEIGHT_DECAY=0.0), model)
+    scaler = torch.amp.GradScaler("cpu")
+    before = model.head.weight.detach().clone()
+    for gradient in (float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale((model.head.weight * gradient).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    torch.testing.assert_close(model.head.weight.detach(), before - 0.05)

@@ -9,15 +9,13 @@ from engine.standins import TinyDetector, TrainLoader, tiny_config
 
 from fastrcnn.engine import checkpoint, trainer
 from fastrcnn.engine.hooks import Hook
+from fastrcnn.engine.solver import WarmupMultiStepLR, make_optimizer
 
 
 @pytest.fixture(autouse=True)
 def _standins(monkeypatch):
-    from fastrcnn.engine import inference
-
-    for module in (inference, trainer):
-        monkeypatch.setattr(module, "build_model", lambda cfg: TinyDetector())
-        monkeypatch.setattr(module, "make_data_loader", standins.make_data_loader)
+    monkeypatch.setattr(trainer, "build_model", lambda cfg: TinyDetector())
+    monkeypatch.setattr(trainer, "make_data_loader", standins.make_data_loader)
 
 
 def metrics(folder):
@@ -77,8 +75,6 @@ def test_the_loop_is_plain_sgd(tmp_path):
         torch.nn.utils.clip_grad_norm_(expected.parameters(), 0.05)
         optimizer.step()
         told.append({k: v.item() for k, v in losses.items()} | {"lr": lr})
-
-    from fastrcnn.engine.solver import WarmupMultiStepLR, make_optimizer
 
     optimizer = make_optimizer(cfg, model)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -200,27 +196,42 @@ def test_an_interrupted_update_is_not_saved(tmp_path, monkeypatch):
     assert checkpoint.read_last(tmp_path)[1]["iteration"] == 3
 
 
-@pytest.mark.parametrize("at", [3, 4], ids=["found when read", "found before a checkpoint"])
-def test_loss_that_is_not_finite(tmp_path, monkeypatch, at):
-    """NaN in the batch of the iteration `at`, counted from 0: read after 4 (at = 3), and after 6, a checkpoint (at = 4)."""
+@pytest.mark.parametrize(
+    ("log_period", "checkpoint_period", "left"),
+    [(4, 2, ["model_0000002.pth"]), (8, 5, [])],
+    ids=["found when the losses are read", "found before a checkpoint"],
+)
+def test_loss_that_is_not_finite(tmp_path, monkeypatch, log_period, checkpoint_period, left):
     original = TrainLoader.__iter__
 
     def poisoned(self):
         for number, (images, targets, ids) in enumerate(original(self)):
-            if number == at:
+            if number == 3:
                 targets.boxes.fill_(float("nan"))
             yield images, targets, ids
 
     monkeypatch.setattr(TrainLoader, "__iter__", poisoned)
-    period = 3 if at == 3 else 5
-    with pytest.raises(FloatingPointError) as error:
-        trainer.train(tiny_config(tmp_path, CHECKPOINT_PERIOD=period, LOG_PERIOD=4 if at == 3 else 8), skip_test=True)
-    if at == 3:
-        assert "loss is not finite at iteration 4: loss_box nan, loss_small 0." in str(error.value)
-        assert [p.name for p in tmp_path.glob("*.pth")] == ["model_0000003.pth"]
-    else:
-        assert "loss is not finite at iteration 5: loss_box nan" in str(error.value)
-        assert list(tmp_path.glob("*.pth")) == []
+    cfg = tiny_config(tmp_path, LOG_PERIOD=log_period, CHECKPOINT_PERIOD=checkpoint_period)
+    with pytest.raises(FloatingPointError, match=r"not finite at iteration 4: loss_box nan, loss_small 0\."):
+        trainer.train(cfg, skip_test=True)
+    assert [p.name for p in tmp_path.glob("*.pth")] == left
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path, monkeypatch):
+    """The loss of iteration 3 is finite, its update is not."""
+    original = torch.optim.SGD.step
+    steps = []
+
+    def step(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        steps.append(1)
+        if len(steps) == 3:
+            self.param_groups[0]["params"][0].data[0, 0, 0, 0] = float("nan")
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    with pytest.raises(FloatingPointError, match=r"after iteration 3, first of all conv\.weight"):
+        trainer.train(tiny_config(tmp_path), skip_test=True)
+    assert not list(tmp_path.glob("*.pth"))
 
 
 def test_folder_of_another_run_is_refused(tmp_path):
@@ -244,12 +255,16 @@ def test_resume_without_a_checkpoint_starts(tmp_path):
 
 def test_numbered_folders(tmp_path):
     base = tmp_path / "quick"
-    names = []
-    for resume in (True, False, True, False, False, True):
-        folder = trainer.output_folder(base, resume, numbered=True)
-        folder.mkdir(exist_ok=True)
-        names.append(folder.name)
-    assert names == ["quick", "quick-2", "quick-2", "quick-3", "quick-4", "quick-4"]
+
+    def folder(resume):
+        return trainer.output_folder(base, resume, numbered=True).name
+
+    assert (folder(True), folder(False)) == ("quick", "quick")
+    for name in ("quick", "quick-2", "quick-3"):  # the run in quick-3 left no checkpoint
+        (tmp_path / name).mkdir()
+        if name != "quick-3":
+            (tmp_path / name / "model_final.pth").touch()
+    assert (folder(True), folder(False)) == ("quick-2", "quick-4")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -282,19 +297,10 @@ def test_no_gpu_is_one_message(tmp_path):
         trainer.train(cfg)
 
 
-def test_batch_that_the_processes_cannot_share(tmp_path, monkeypatch):
-    from fastrcnn.engine import distributed, inference
-
-    monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    with pytest.raises(ValueError, match=r"SOLVER\.IMS_PER_BATCH is 4, which 3 processes"):
-        inference.check_shares(tiny_config(tmp_path))
-
-
 @pytest.mark.gpu
 def test_no_host_sync_between_readings(tmp_path):
     cfg = tiny_config(tmp_path, LOG_PERIOD=100, CHECKPOINT_PERIOD=0, MAX_ITER=20)
     device = torch.device("cuda")
-    from fastrcnn.engine.solver import WarmupMultiStepLR, make_optimizer
 
     class OnDevice(TinyDetector):
         def forward(self, images, targets):

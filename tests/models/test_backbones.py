@@ -70,7 +70,8 @@ def test_body_equals_torchvision(depth, norm, overrides, theirs):
         ours.train(mode)
         model.train(mode)
         for got, want in zip(ours(x), model(x).values(), strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+            # relative to the map: random weights let activations grow from block to block
+            assert (got - want).norm() < 1e-5 * want.norm()
 
 
 def test_stride_in_1x1_moves_the_stride():

@@ -42,7 +42,7 @@ def perturb(model, image):
         norm.bias.uniform_(-0.2, 0.2)
         norm.running_var.mul_(torch.empty_like(norm.running_var).uniform_(0.8, 1.2))
     for layer, target in (
-        (model.rpn.head.cls_logits, 3.0),
+        (model.rpn.head.cls_logits, 1.0),
         (model.rpn.head.bbox_pred, 0.3),
         (model.roi_heads.box_predictor.cls_score, 3.0),
         (model.roi_heads.box_predictor.bbox_pred, 1.0),
@@ -64,11 +64,13 @@ def spread(model, layer, deviation, image):
 
 @pytest.mark.parametrize("kind", ["faster", "mask"])
 def test_same_detections(kind, test_data, repository):
-    images = photos(test_data, 3)
-    theirs = BUILDERS[kind](weights=None, weights_backbone=None, min_size=256, max_size=400)
+    images = photos(test_data, 2)
+    # room for all detections: which of two equal ones is the last that fits is not determined
+    sizes = {"min_size": 256, "max_size": 400, "box_detections_per_img": 1000}
+    theirs = BUILDERS[kind](weights=None, weights_backbone=None, **sizes)
     perturb(theirs, images[0][None].float() / 255)
-    sizes = "INPUT.MIN_SIZE_TEST 256 INPUT.MAX_SIZE_TEST 400".split()
-    cfg = config(repository, kind, *sizes, "MODEL.RESNETS.FROZEN_BN_EPS", "1e-5")
+    overrides = "INPUT.MIN_SIZE_TEST 256 INPUT.MAX_SIZE_TEST 400 MODEL.ROI_HEADS.DETECTIONS_PER_IMG 1000".split()
+    cfg = config(repository, kind, *overrides, "MODEL.RESNETS.FROZEN_BN_EPS", "1e-5")
     ours = fastrcnn.build_model(cfg).eval()
     report = fastrcnn.weights.load(ours, theirs.state_dict())
     assert not report.missing
@@ -81,7 +83,7 @@ def test_same_detections(kind, test_data, repository):
     assert sum(len(w["scores"]) for w in want) > 50  # otherwise nothing is compared
     for w, g, image in zip(want, got, images, strict=True):
         w = {k: v.cpu() for k, v in w.items()}
-        assert len(g) == len(w["scores"])
+        assert len(g) == len(w["scores"]) < 1000
         scores, labels = g.get_field("scores"), g.get_field("labels")
         assert (scores[:-1] >= scores[1:]).all()
         same = (labels[:, None] == w["labels"]) & ((scores[:, None] - w["scores"]).abs() < 1e-4)
@@ -135,27 +137,30 @@ def test_same_losses_and_gradients_when_sampling_is_exhaustive(kind, test_data, 
     cfg = config(repository, kind, *overrides)
     ours = fastrcnn.build_model(cfg).train()
     fastrcnn.weights.load(ours, theirs.state_dict())
-    theirs.to(DEVICE)
+    # in float64: with 32 bits the rounding of 50 layers turns some ReLUs, which moves gradients by 1e-3
+    theirs.to(DEVICE).double()
+    ours.double()
 
     targets = [
         {
-            "boxes": b.bbox.to(DEVICE),
+            "boxes": b.bbox.to(DEVICE).double(),
             "labels": b.get_field("labels").to(DEVICE),
             "masks": b.get_field("masks").get_mask_tensor().to(DEVICE),
         }
         for b in boxlists
     ]
-    want = theirs([i.to(DEVICE).float() / 255 for i in images], targets)
+    want = theirs([i.to(DEVICE).double() / 255 for i in images], targets)
     sum(want.values()).backward()
 
     batch = fastrcnn.ImageBatch.from_tensors(images, [i.shape[-2:] for i in images], cfg)
+    batch.pixels = batch.pixels.double()
     padded = fastrcnn.TargetBatch.from_boxlists(boxlists, batch)
     got = ours(batch.to(DEVICE), padded.to(DEVICE))
     sum(got.values()).backward()
 
     assert got.keys() == want.keys()
     for name, value in want.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=0, check_dtype=False, msg=lambda m, n=name: f"{n}: {m}")
     gradients = convert({n: p.grad for n, p in theirs.named_parameters()})
     own = {n: p.grad for n, p in ours.named_parameters()}
     assert own.keys() == gradients.keys()

@@ -1,4 +1,4 @@
-"""What all datasets share: the error for bad files, reading images, counting bad annotations, a base class for your own."""
+"""What all datasets share: the error for bad files, reading images, counting bad annotations, a base for your own."""
 
 from __future__ import annotations
 

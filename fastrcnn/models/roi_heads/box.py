@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastrcnn import ops
 from fastrcnn.config import ConfigError, conventions_of
-from fastrcnn.models.layers import conv_stack, gather_rows, group_norm, linear, smooth_l1, weighted_mean
+from fastrcnn.models.layers import conv_stack, gather_rows, group_norm, linear, smooth_l1, weighted_mean, widen
 from fastrcnn.models.roi_heads.sampling import Pooler
 from fastrcnn.structures import DetectionBatch, ImageBatch, ProposalBatch, SampleBatch
 
@@ -87,10 +87,10 @@ class BoxHead(nn.Module):
         self.predictor = predictor(cfg, self.feature_extractor.out_channels)
 
     def predict(self, features: list[Tensor], boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """boxes [B, R, 4], valid bool [B, R] -> logits [B, R, classes], deltas [B, R, classes or 2, 4], float32."""
+        """boxes [B, R, 4], valid bool [B, R] -> logits [B, R, classes], deltas [B, R, classes or 2, 4]."""
         logits, deltas = self.predictor(self.feature_extractor(self.pooler(features, boxes, valid)))
         shape = boxes.shape[:2]
-        return logits.float().unflatten(0, shape), deltas.float().unflatten(0, shape).unflatten(2, (-1, 4))
+        return widen(logits).unflatten(0, shape), widen(deltas).unflatten(0, shape).unflatten(2, (-1, 4))
 
     def losses(self, features: list[Tensor], samples: SampleBatch, gt_boxes: Tensor) -> dict[str, Tensor]:
         """gt_boxes [B, G, 4] -> two scalars, means over the regions sampled in the batch."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastrcnn import ops
 from fastrcnn.config import Conventions, conventions_of
-from fastrcnn.models.layers import conv, conv_stack
+from fastrcnn.models.layers import conv, conv_stack, widen
 from fastrcnn.models.roi_heads.box import choose
 from fastrcnn.models.roi_heads.sampling import Pooler
 from fastrcnn.structures import DetectionBatch, SampleBatch, TargetBatch
@@ -48,7 +48,7 @@ class _MaskPredictor(nn.Module):
         x = self.upsample(x)
         weight = self.mask_fcn_logits.weight[labels, :, 0, 0].to(x.dtype)  # [N, C]
         logits = torch.einsum("nchw,nc->nhw", x, weight)
-        return logits.float() + self.mask_fcn_logits.bias[labels, None, None]
+        return widen(logits) + self.mask_fcn_logits.bias[labels, None, None]
 
 
 class MaskRCNNConv1x1Predictor(_MaskPredictor):
@@ -86,10 +86,10 @@ def mask_targets(targets: TargetBatch, boxes: Tensor, matched: Tensor, side: int
         raise ValueError("MODEL.MASK_ON is True, but the targets have neither polygons nor masks")
     slots = targets.masks.shape[1]
     image = torch.arange(len(boxes), device=boxes.device)[:, None]
-    rois = torch.cat([(image * slots + matched)[..., None].float(), boxes], 2).flatten(0, 1)
-    maps = targets.masks.flatten(0, 1)[:, None].float()
+    rois = torch.cat([(image * slots + matched)[..., None].to(boxes.dtype), boxes], 2).flatten(0, 1)
+    maps = targets.masks.flatten(0, 1)[:, None].to(boxes.dtype)
     crops = ops.roi_align(maps, rois, (side, side), 1.0, -1, conventions.roi_aligned)
-    crops = crops if conventions.mask_targets_soft else (crops >= 0.5).float()
+    crops = crops if conventions.mask_targets_soft else (crops >= 0.5).to(crops.dtype)
     return crops.reshape(*matched.shape, side, side)
 
 
@@ -107,7 +107,7 @@ class MaskHead(nn.Module):
         self.predictor = predictor(cfg, self.feature_extractor.out_channels)
 
     def logits(self, features: list[Tensor], boxes: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-        """boxes [B, R, 4], labels and valid [B, R] -> logits [B, R, M, M], float32."""
+        """boxes [B, R, 4], labels and valid [B, R] -> logits [B, R, M, M]."""
         x = self.feature_extractor(self.pooler(features, boxes, valid))
         return self.predictor(x, labels.flatten()).unflatten(0, labels.shape)
 
@@ -118,7 +118,7 @@ class MaskHead(nn.Module):
         positive = (labels > 0) & (samples.weight[:, chosen] > 0)
         logits = self.logits(features, boxes, labels, positive)
         wanted = mask_targets(targets, boxes, matched, logits.shape[-1], self.conventions)
-        error = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean((2, 3))
+        error = F.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype), reduction="none").mean((2, 3))
         error = torch.where(positive, error, 0)
         return {"loss_mask": error.sum() / positive.sum().clamp(min=1)}
 

@@ -32,7 +32,7 @@ def match_boxes(
 
 def _block(boxes: Tensor) -> int:
     """Numbers per intermediate: few enough for a CPU's cache, many enough to fill a GPU."""
-    return 1 << 17 if boxes.device.type == "cpu" else 1 << 25
+    return 1 << 18 if boxes.device.type == "cpu" else 1 << 25
 
 
 def _match(boxes: Tensor, gt: Tensor, high: float, low: float, allow_low_quality: bool) -> tuple[Tensor, Tensor]:

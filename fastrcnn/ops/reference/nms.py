@@ -51,7 +51,7 @@ def gather_boxes(boxes: Tensor, indices: Tensor) -> Tensor:
 
 
 def pad_kept(keep: Tensor, order: Tensor, max_output: int) -> tuple[Tensor, Tensor]:
-    """keep bool, order int64 [S, N] -> the first max_output kept of order, padded with −1, and their counts int32 [S]."""
+    """keep bool, order int64 [S, N] -> the first max_output kept of order, padded with −1, and counts int32 [S]."""
     rank = keep.cumsum(1)  # [S, N]: kept so far
     wanted = torch.arange(1, max_output + 1, device=keep.device).expand(len(keep), -1)
     position = torch.searchsorted(rank, wanted.contiguous())  # N where there are fewer

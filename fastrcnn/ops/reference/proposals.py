@@ -27,7 +27,7 @@ def select_proposals(
     weights: Sequence[float],
     per_batch: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `fastrcnn.ops.select_proposals`; strides [2 L] (sy, sx, ...) are flat."""
+    """See `fastrcnn.ops.select_proposals`; at least one image, strides [2 L] (sy, sx, ...) flat."""
     images = []
     for image, size in enumerate(image_sizes):
         levels = []

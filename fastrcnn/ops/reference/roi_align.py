@@ -22,7 +22,7 @@ class Axis(NamedTuple):
     start: Tensor  # coordinate of the box's lower side
     step: Tensor  # length of a bin
     extent: Tensor  # int64, pixels of the feature map
-    samples: Tensor  # int64, samples per bin
+    samples: Tensor  # int64, samples per bin, at least 1
 
     def select(self, rows: Tensor) -> "Axis":
         return Axis(*(value[rows] for value in self))
@@ -64,7 +64,7 @@ def locate(
 ) -> Regions:
     """Assign each box to its level and express it in that level's pixels. shapes: (B, C, H, W) of each level.
 
-    A box is usable if it is valid, finite, and its image and its feature map exist.
+    A box is usable if it is valid, finite, its image and its feature map exist, and it has a sample.
     """
     if boxes.ndim == 3:
         count, per_image = boxes.shape[:2]
@@ -85,7 +85,9 @@ def locate(
         usable = usable & valid.flatten()
     y = _axis(y1, y2, scale, height, output_size[0], sampling_ratio, aligned)
     x = _axis(x1, x2, scale, width, output_size[1], sampling_ratio, aligned)
-    return Regions(level, image, usable & (y.samples > 0) & (x.samples > 0), y, x)
+    usable = usable & (y.samples > 0) & (x.samples > 0)
+    y, x = (axis._replace(samples=axis.samples.clamp(min=1)) for axis in (y, x))
+    return Regions(level, image, usable, y, x)
 
 
 def _of_level(level: Tensor, values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
@@ -157,12 +159,27 @@ def gather(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     return embedding_bag(index, table, mode="sum", per_sample_weights=weight)
 
 
-def scatter(grad: Tensor, index: Tensor, weight: Tensor, rows: int) -> Tensor:
-    """The transpose of `gather`: grad [M, C] -> [rows, C]. Each row sums its taps in a fixed order: repeatable."""
-    hit, order = index.flatten().sort(stable=True)
+def scatter(grad: Tensor, source: Tensor, index: Tensor, weight: Tensor, rows: int) -> Tensor:
+    """The transpose of `gather`: grad [M, C] -> [rows, C]. source (row of grad), index and weight: one entry per tap.
+
+    Each row sums its taps in a fixed order: the result is repeatable.
+    """
+    hit, order = index.sort(stable=True)
     first = torch.searchsorted(hit, torch.arange(rows, device=grad.device))
-    source = order // index.shape[1]
-    return embedding_bag(source, grad, first, mode="sum", per_sample_weights=weight.flatten()[order])
+    return embedding_bag(source[order], grad, first, mode="sum", per_sample_weights=weight[order])
+
+
+def flat_taps(regions: Regions, output_size: Sequence[int], sampling_ratio: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(source, pixel, weight) of every tap of N > 0 boxes, flat. source: bin, counted through all boxes."""
+    rows = torch.arange(regions.level.shape[0], device=regions.level.device)
+    bins = torch.arange(output_size[0] * output_size[1], device=rows.device)
+    parts = []
+    for samples, group in same_grid(regions, rows, sampling_ratio):
+        pixel, weight = taps(regions.select(group), output_size, samples)
+        source = (group[:, None] * bins.shape[0] + bins).flatten().repeat_interleave(pixel.shape[1])
+        parts.append((source, pixel.flatten(), weight.flatten()))
+    source, pixel, weight = (torch.cat(values) for values in zip(*parts, strict=True))
+    return source, pixel, weight
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -200,17 +217,17 @@ def multilevel_roi_align(
     channels = shapes[0][1]
     settings = output_size, scales, sampling_ratio, aligned, canonical_size, canonical_level
     regions = locate(shapes, boxes.detach().to(dtype), valid, *settings)
-    levels = [feature.permute(0, 2, 3, 1).reshape(-1, channels) for feature in features]
+    levels = [feature.permute(0, 2, 3, 1).flatten(0, 2) for feature in features]
     # what has no weight reads the last row, so that nothing outside a box, infinity included, reaches its sum
     table = torch.cat([*levels, features[0].new_zeros(1, channels)]).to(dtype)
     parts, order = [], []
     for samples, rows in same_grid(regions, torch.arange(regions.level.shape[0], device=boxes.device), sampling_ratio):
-        index, weight = _table_taps(regions.select(rows), shapes, output_size, samples)
-        parts.append(gather(table, index, weight))
+        pixel, weight = taps(regions.select(rows), output_size, samples)
+        box = rows.repeat_interleave(output_size[0] * output_size[1])[:, None]
+        parts.append(gather(table, *_of_table(regions, shapes, box, pixel, weight)))
         order.append(rows)
-    height, width = output_size
-    # an empty slice keeps the dtype and the gradient's path when there are no boxes and so no parts
-    out = torch.cat([table[:0], *parts]).view(-1, height, width, channels)
+    # the empty slice keeps the gradient's path when there are no boxes and so no parts
+    out = torch.cat([table[:0], *parts]).view(regions.level.shape[0], *output_size, channels)
     if sampling_ratio <= 0 and order:
         out = out[torch.cat(order).argsort()]
     out = out.permute(0, 3, 1, 2).to(features[0].dtype)
@@ -236,11 +253,14 @@ def multilevel_roi_align_backward(
     settings = output_size, scales, sampling_ratio, aligned, canonical_size, canonical_level
     regions = locate(levels, boxes.to(dtype), valid, *settings)
     rows_of_level = [batch * height * width for batch, _, height, width in levels]
-    total = torch.zeros((sum(rows_of_level) + 1, grad.shape[1]), dtype=dtype, device=grad.device)
-    for samples, rows in same_grid(regions, torch.arange(regions.level.shape[0], device=boxes.device), sampling_ratio):
-        index, weight = _table_taps(regions.select(rows), levels, output_size, samples)
-        part = grad[rows].to(dtype).permute(0, 2, 3, 1).reshape(-1, grad.shape[1])
-        total = total + scatter(part, index, weight, total.shape[0])
+    rows = sum(rows_of_level) + 1
+    total = torch.zeros((rows, grad.shape[1]), dtype=dtype, device=grad.device)
+    if grad.shape[0]:
+        source, pixel, weight = flat_taps(regions, output_size, sampling_ratio)
+        box = source // (output_size[0] * output_size[1])
+        index, weight = _of_table(regions, levels, box, pixel, weight)
+        grad_rows = grad.to(dtype).permute(0, 2, 3, 1).flatten(0, 2)
+        total = scatter(grad_rows, source, index, weight, rows)
     grads = []
     for part, (batch, channels, height, width) in zip(total[:-1].split(rows_of_level), levels, strict=True):
         part = part.to(grad.dtype).view(batch, height, width, channels).permute(0, 3, 1, 2)
@@ -248,15 +268,13 @@ def multilevel_roi_align_backward(
     return grads
 
 
-def _table_taps(
-    regions: Regions, shapes: Sequence[Sequence[int]], output_size: Sequence[int], samples: tuple[int, int]
+def _of_table(
+    regions: Regions, shapes: Sequence[Sequence[int]], box: Tensor, pixel: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`taps` as rows of the table of all levels, whose last row stands for nothing."""
-    index, weight = taps(regions, output_size, samples)
+    """Pixels of the boxes' own levels as rows of the table of all levels, whose last row stands for nothing."""
     starts = [0]
     for batch, _, height, width in shapes:
         starts.append(starts[-1] + batch * height * width)
-    bins = output_size[0] * output_size[1]
-    first = _of_level(regions.level, starts[:-1]).repeat_interleave(bins)[:, None]
-    counts = regions.usable.repeat_interleave(bins)[:, None] & (weight != 0)
-    return torch.where(counts, index + first, starts[-1]), torch.where(counts, weight, 0)
+    counts = regions.usable[box] & (weight != 0)
+    index = pixel + _of_level(regions.level, starts[:-1])[box]
+    return torch.where(counts, index, starts[-1]), torch.where(counts, weight, 0)

@@ -1,0 +1,130 @@
+import inspect
+
+import pytest
+import torch
+import torchvision.ops as tv
+from support import DEVICE
+from torch._dynamo import config as dynamo_config
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.library import opcheck
+
+from fastrcnn.ops import boxes as ours
+
+NAMES = ("box_area", "box_iou", "box_convert", "clip_boxes_to_image", "remove_small_boxes")
+FORMATS = ("xyxy", "xywh", "cxcywh")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.int16)
+
+
+def random_boxes(*shape, dtype=torch.float32):
+    corner = torch.rand(*shape, 2) * 60 - 10
+    return torch.cat((corner, corner + torch.rand(*shape, 2) * 40), -1).to(DEVICE, dtype)
+
+
+def same(got, want):
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_signature_is_torchvisions(name):
+    def arguments(function):
+        return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
+
+    assert arguments(getattr(ours, name)) == arguments(getattr(tv, name))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_are_torchvisions(dtype):
+    a, b = random_boxes(3, 9, dtype=dtype), random_boxes(3, 7, dtype=dtype)
+    a[0, 0, 2:] = a[0, 0, :2]
+    a[0, 1, 2:] -= 60
+    b[0, 0] = a[0, 0]
+    for fmt in FORMATS:
+        same(ours.box_area(a, fmt), tv.box_area(a, fmt))
+        same(ours.box_iou(a, b, fmt), tv.box_iou(a, b, fmt))
+        for out_fmt in FORMATS:
+            same(ours.box_convert(a, fmt, out_fmt), tv.box_convert(a, fmt, out_fmt))
+    same(ours.clip_boxes_to_image(a, (33, 44)), tv.clip_boxes_to_image(a, (33, 44)))
+    same(ours.remove_small_boxes(a[0], 12), tv.remove_small_boxes(a[0], 12))
+    same(ours.box_iou(a[0], b[0]), tv.box_iou(a[0], b[0]))
+
+
+def test_rotated_boxes_as_torchvision():
+    boxes = torch.tensor([[10.0, 20, 8, 4, 30]])
+    same(ours.box_convert(boxes, "cxcywhr", "xywhr"), tv.box_convert(boxes, "cxcywhr", "xywhr"))
+
+
+def test_by_hand():
+    a, b = torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([[5.0, 0, 15, 10], [10, 10, 20, 20], [0, 0, 10, 10]])
+    torch.testing.assert_close(ours.box_iou(a, b), torch.tensor([[1 / 3, 0, 1]]))
+    assert ours.box_convert(b, "xyxy", "cxcywh").tolist()[0] == [10, 5, 10, 10]
+    assert ours.clip_boxes_to_image(b, (8, 12)).tolist() == [[5, 0, 12, 8], [10, 8, 12, 8], [0, 0, 10, 8]]
+    assert ours.remove_small_boxes(
+        torch.tensor([[0.0, 0, 3, 3], [0, 0, 3, 2.9], [0, 0, 9, float("nan")]]), 3
+    ).tolist() == [0]
+
+
+def test_nan_zero_sizes_and_strides():
+    boxes = random_boxes(4)
+    boxes[0, 0] = float("nan")
+    assert ours.box_iou(boxes, boxes)[0].isnan().all()
+    assert not ours.box_iou(boxes, boxes)[1:, 1:].isnan().any()
+    same(ours.clip_boxes_to_image(boxes, (9, 9)), tv.clip_boxes_to_image(boxes, (9, 9)))
+    empty = random_boxes(0)
+    assert ours.box_iou(empty, boxes).shape == (0, 4)
+    assert ours.box_area(empty).shape == ours.remove_small_boxes(empty, 1.0).shape == (0,)
+    assert ours.box_convert(empty, "xyxy", "xywh").shape == ours.clip_boxes_to_image(empty, (5, 5)).shape == (0, 4)
+    strided = boxes.t().contiguous().t()
+    same(ours.box_iou(strided, strided), tv.box_iou(boxes, boxes))
+    same(ours.clip_boxes_to_image(strided, (9, 9)), tv.clip_boxes_to_image(boxes, (9, 9)))
+
+
+def test_gradients():
+    a, b = random_boxes(5, dtype=torch.float64).requires_grad_(), random_boxes(3, dtype=torch.float64).requires_grad_()
+    torch.autograd.gradcheck(ours.box_iou, (a, b))
+    torch.autograd.gradcheck(lambda x: ours.box_convert(x, "xyxy", "cxcywh"), (a,))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(requires_grad):
+    a, b = random_boxes(5).requires_grad_(requires_grad), random_boxes(3).requires_grad_(requires_grad)
+    opcheck(ours.AREA, (a, "xywh"))
+    opcheck(ours.IOU, (a, b))
+    opcheck(ours.CONVERT, (a, "xyxy", "cxcywh"))
+    opcheck(ours.CLIP, (a, [33, 44]))
+    opcheck(ours.REMOVE_SMALL, (a, 12.0))
+
+
+def test_compile():
+    def function(a, b):
+        clipped = ours.clip_boxes_to_image(ours.box_convert(a, "xywh", "xyxy"), (33, 44))
+        return ours.box_iou(clipped, b), ours.box_area(clipped)
+
+    arguments = random_boxes(5), random_boxes(3)
+    same(torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments), function(*arguments))
+    with dynamo_config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(ours.remove_small_boxes, fullgraph=True, backend="aot_eager")
+        same(compiled(arguments[0], 12.0), ours.remove_small_boxes(arguments[0], 12.0))
+
+
+def test_fake_tensors():
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        boxes = torch.empty(5, 4)
+        assert ours.box_iou(boxes, torch.empty(3, 4, dtype=torch.float16)).shape == (5, 3)
+        assert ours.remove_small_boxes(boxes, 1.0).dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m: m.box_area(torch.rand(2, 4), "yx"),
+        lambda m: m.box_iou(*torch.rand(2, 3, 4), "yx"),
+        lambda m: m.box_convert(torch.rand(2, 4), "yx", "xyxy"),
+    ],
+)
+def test_errors_are_torchvisions(call):
+    with pytest.raises(ValueError) as want:
+        call(tv)
+    with pytest.raises(ValueError) as got:
+        call(ours)
+    assert str(got.value) == str(want.value)

@@ -1,0 +1,232 @@
+"""NMS: brute force, torchvision, golden values, compilers."""
+
+import pytest
+import torch
+import torchvision
+from support import DEVICE
+from torch._subclasses import FakeTensorMode
+
+from fastrcnn.ops import batched_nms, nms, nms_padded
+from fastrcnn.ops.reference import nms as reference
+
+
+def clustered_boxes(*shape: int, spread: float = 60.0) -> torch.Tensor:
+    corner = torch.rand(*shape, 2) * spread
+    return torch.cat([corner, corner + 5 + torch.rand(*shape, 2) * 60], -1)
+
+
+def awkward_sets(sets: int, n: int) -> dict[str, torch.Tensor]:
+    """Boxes with ties, duplicates, inverted, empty and non-finite members, labels and a valid mask."""
+    boxes = clustered_boxes(sets, n)
+    scores = (torch.rand(sets, n) * 20).round() / 20
+    inf, nan = float("inf"), float("nan")
+    for i, change in enumerate(
+        (lambda b: b[..., [2, 1, 0, 3]], lambda b: b[..., [0, 1, 0, 3]], lambda b: b * nan, lambda b: b + inf)
+    ):
+        boxes[:, i + 2 :: 17] = change(boxes[:, i + 2 :: 17])
+    for i, value in enumerate((nan, inf, -inf)):
+        scores[:, i + 7 :: 23] = value
+    boxes[:, 1::11] = boxes[:, :1]
+    return {
+        "boxes": boxes,
+        "scores": scores,
+        "labels": torch.randint(0, 4, (sets, n)),
+        "valid": torch.rand(sets, n) < 0.8,
+    }
+
+
+def by_hand(boxes, scores, threshold, labels=None, valid=None) -> list[int]:
+    """One set, as the textbook has it: IoU as a quotient in Python's doubles."""
+
+    def iou(a, b):
+        w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+        if w <= 0 or h <= 0:
+            return 0.0
+        return w * h / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - w * h)
+
+    usable = boxes.isfinite().all(1) & scores.isfinite()
+    usable = usable if valid is None else usable & valid
+    same = torch.ones(len(boxes), len(boxes)) if labels is None else labels[:, None] == labels
+    rows, kept = boxes.tolist(), []
+    for i in sorted(usable.nonzero().flatten().tolist(), key=lambda i: -scores[i].item()):
+        if not any(same[i, k] and iou(rows[i], rows[k]) > threshold for k in kept):
+            kept.append(i)
+    return kept
+
+
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65])
+@pytest.mark.parametrize(
+    "given", [(), ("labels",), ("valid",), ("labels", "valid")], ids=lambda g: "+".join(g) or "none"
+)
+def test_padded_equals_brute_force(n, given):
+    sets = awkward_sets(2, n)
+    options = {name: sets[name] for name in given}
+    on_device = {name: value.to(DEVICE) for name, value in options.items()}
+    boxes, scores = sets["boxes"], sets["scores"]
+    for implementation in (nms_padded, reference.nms_padded):
+        for max_output in (5, n + 3):
+            found = implementation(boxes.to(DEVICE), scores.to(DEVICE), 0.4, max_output, **on_device)
+            indices, counts = (x.cpu() for x in found)
+            assert indices.shape == (2, max_output)
+            assert (indices.dtype, counts.dtype) == (torch.int64, torch.int32)
+            for s in range(2):
+                one_set = {name: value[s] for name, value in options.items()}
+                want = by_hand(boxes[s], scores[s], 0.4, **one_set)[:max_output]
+                assert counts[s] == len(want)
+                assert indices[s].tolist() == want + [-1] * (max_output - len(want))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, 0.7, 1.0])
+def test_padded_equals_torchvision(threshold):
+    boxes, scores = clustered_boxes(3, 300).to(DEVICE), torch.rand(3, 300, device=DEVICE)
+    labels = torch.randint(0, 5, (3, 300), device=DEVICE)
+    plain, counts = nms_padded(boxes, scores, threshold, 300)
+    labelled, labelled_counts = nms_padded(boxes, scores, threshold, 300, labels)
+    for s in range(3):
+        assert plain[s, : counts[s]].equal(torchvision.ops.nms(boxes[s], scores[s], threshold))
+        want = torchvision.ops.batched_nms(boxes[s], scores[s], labels[s], threshold)
+        assert labelled[s, : labelled_counts[s]].equal(want)
+
+
+def test_iou_equal_to_the_threshold_does_not_suppress():
+    """3/10 in float32 exceeds the double 0.3, in which torchvision's CPU code compares."""
+    boxes = torch.tensor([[[0.0, 0, 10, 1], [0, 0, 3, 1], [20, 0, 30, 1], [20, 0, 23.001, 1]]], device=DEVICE)
+    scores = torch.tensor([[0.9, 0.8, 0.7, 0.6]], device=DEVICE)
+    for implementation in (nms_padded, reference.nms_padded):
+        assert implementation(boxes, scores, 0.3, 4)[0].tolist() == [[0, 1, 2, -1]]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "kept"), [(0.1, [1, 3]), (0.3, [1, 3]), (0.5, [1, 3]), (0.8, [1, 2, 3, 4]), (0.9, [0, 1, 2, 3, 4])]
+)
+def test_golden_values_of_maskrcnn_benchmark(threshold, kept):
+    rows = [(10, 10, 50, 60, 0.5), (11, 12, 48, 60, 0.7), (8, 9, 40, 50, 0.6), (100, 100, 150, 140, 0.9)]
+    table = torch.tensor([*rows, (99, 110, 155, 139, 0.8)], device=DEVICE)
+    boxes = table[:, :4] + torch.tensor([0, 0, 1, 1], device=DEVICE)  # its corners are inclusive
+    assert sorted(nms(boxes, table[:, 4], threshold).tolist()) == kept
+    indices, counts = nms_padded(boxes[None], table[None, :, 4], threshold, 5)
+    assert sorted(indices[0, : counts[0]].tolist()) == kept
+
+
+def test_half_precision_is_computed_in_float32():
+    boxes, scores = clustered_boxes(1, 100).to(DEVICE), torch.rand(1, 100, device=DEVICE)
+    for dtype in (torch.float16, torch.bfloat16):
+        low = boxes.to(dtype)
+        want = torchvision.ops.nms(low[0].float(), scores[0].to(dtype).float(), 0.5)
+        indices, counts = nms_padded(low, scores.to(dtype), 0.5, 100)
+        assert indices[0, : counts[0]].equal(want)
+        assert nms(low[0], scores[0].to(dtype), 0.5).equal(want)
+
+
+def test_double_precision_stays():
+    """The IoUs 0.5 ± 1e-9 cannot be told apart in float32."""
+    boxes = torch.tensor(
+        [[[0, 0, 1, 1], [0, 0, 0.5 + 1e-9, 1], [3, 0, 4, 1], [3, 0, 3.5 - 1e-9, 1]]], dtype=torch.float64
+    )
+    scores = torch.tensor([[0.9, 0.8, 0.7, 0.6]], dtype=torch.float64)
+    for implementation in (nms_padded, reference.nms_padded):
+        assert implementation(boxes.to(DEVICE), scores.to(DEVICE), 0.5, 4)[0].tolist() == [[0, 2, 3, -1]]
+
+
+def test_no_sets():
+    indices, counts = nms_padded(torch.empty(0, 7, 4, device=DEVICE), torch.empty(0, 7, device=DEVICE), 0.5, 3)
+    assert indices.shape == (0, 3)
+    assert counts.shape == (0,)
+
+
+@pytest.mark.parametrize("n", [0, 1, 64, 500, 1200])  # torchvision loops over categories above 1000 boxes
+def test_ragged_equals_torchvision(n):
+    boxes, scores = clustered_boxes(n).to(DEVICE), torch.rand(n, device=DEVICE)
+    idxs = torch.randint(-2, 20, (n,), device=DEVICE)
+    assert nms(boxes, scores, 0.5).equal(torchvision.ops.nms(boxes, scores, 0.5))
+    assert batched_nms(boxes, scores, idxs, 0.5).equal(torchvision.ops.batched_nms(boxes, scores, idxs, 0.5))
+    if n <= 500:
+        assert reference.nms(boxes, scores, 0.5).equal(nms(boxes, scores, 0.5))
+        assert reference.batched_nms(boxes, scores, idxs, 0.5).equal(batched_nms(boxes, scores, idxs, 0.5))
+
+
+def test_categories_are_exact_where_an_offset_is_not():
+    """At 1e6 px times category 90 a float32 holds whole multiples of 8 px only."""
+    boxes = torch.tensor([[0.0, 0, 4, 4], [5, 0, 9, 4], [1e6, 0, 1e6 + 9, 4]], device=DEVICE)
+    scores = torch.tensor([0.9, 0.8, 0.7], device=DEVICE)
+    assert batched_nms(boxes, scores, torch.full((3,), 90, device=DEVICE), 0.1).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "scores"), [((3, 5, 4), (5,)), ((5,), (5,)), ((5, 5), (5,)), ((5, 4), (5, 1)), ((5, 4), (4,))]
+)
+def test_errors_are_torchvisions(boxes, scores):
+    arguments = torch.rand(boxes, device=DEVICE), torch.rand(scores, device=DEVICE), 0.5
+    with pytest.raises(RuntimeError) as theirs:
+        torchvision.ops.nms(*arguments)
+    with pytest.raises(RuntimeError) as ours:
+        nms(*arguments)
+    assert str(ours.value) in str(theirs.value)
+    with pytest.raises(RuntimeError):
+        batched_nms(arguments[0], arguments[1], torch.zeros(scores, device=DEVICE), 0.5)
+
+
+def test_errors_name_the_argument():
+    boxes, scores = torch.rand(2, 5, 4), torch.rand(2, 5)
+    with pytest.raises(RuntimeError, match="same type"):
+        nms(boxes[0], scores[0].double(), 0.5)
+    with pytest.raises(RuntimeError, match="idxs"):
+        batched_nms(boxes[0], scores[0], torch.zeros(4), 0.5)
+    with pytest.raises(ValueError, match="boxes must be"):
+        nms_padded(boxes[0], scores, 0.5, 3)
+    for name in ("labels", "valid"):
+        with pytest.raises(ValueError, match=rf"{name} must be \[S, N\] = \(2, 5\), got \(2, 4\)"):
+            nms_padded(boxes, scores, 0.5, 3, **{name: torch.zeros(2, 4)})
+    with pytest.raises(ValueError, match="max_output"):
+        nms_padded(boxes, scores, 0.5, -1)
+
+
+def test_opcheck():
+    sets = {name: value.to(DEVICE) for name, value in awkward_sets(2, 30).items()}
+    boxes, scores, labels, valid = sets.values()
+    torch.library.opcheck(torch.ops.fastrcnn.nms_padded.default, (boxes, scores, 0.5, 7))
+    torch.library.opcheck(torch.ops.fastrcnn.nms_padded.default, (boxes, scores, 0.5, 7, labels, valid))
+    torch.library.opcheck(torch.ops.fastrcnn.nms.default, (boxes[0], scores[0], 0.5))
+    torch.library.opcheck(torch.ops.fastrcnn.batched_nms.default, (boxes[0], scores[0], labels[0], 0.5))
+
+
+def test_compiles():
+    boxes, scores = clustered_boxes(3, 50).to(DEVICE), torch.rand(3, 50, device=DEVICE)
+    compiled = torch.compile(nms_padded, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (50, 37):
+        got, want = compiled(boxes[:, :n], scores[:, :n], 0.5, n), nms_padded(boxes[:, :n], scores[:, :n], 0.5, n)
+        assert all(map(torch.equal, got, want))
+
+
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_ragged_compiles():
+    def best(boxes, scores, idxs):
+        kept = nms(boxes, scores, 0.5)
+        return boxes[kept], scores[batched_nms(boxes, scores, idxs, 0.5)].sum()
+
+    boxes, scores = clustered_boxes(50).to(DEVICE), torch.rand(50, device=DEVICE)
+    idxs = torch.randint(0, 3, (50,), device=DEVICE)
+    got = torch.compile(best, fullgraph=True, backend="aot_eager")(boxes, scores, idxs)
+    for value, want in zip(got, best(boxes, scores, idxs), strict=True):
+        assert value.equal(want)
+
+
+def test_traces_without_data():
+    with FakeTensorMode():
+        boxes, scores = torch.empty(2, 3000, 4, device=DEVICE), torch.empty(2, 3000, device=DEVICE)
+        indices, counts = nms_padded(boxes, scores, 0.5, 1000)
+        assert (indices.shape, counts.shape) == ((2, 1000), (2,))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [1000, 5000])
+def test_no_host_synchronisation(n):
+    boxes, scores = clustered_boxes(2, n, spread=900).cuda(), torch.rand(2, n).cuda()
+    labels = torch.randint(0, 3, (2, n)).cuda()
+    nms_padded(boxes, scores, 0.5, 100, labels)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        indices, _ = nms_padded(boxes, scores, 0.5, 100, labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert indices.cpu().equal(nms_padded(boxes.cpu(), scores.cpu(), 0.5, 100, labels.cpu())[0])

@@ -1,0 +1,121 @@
+"""Every snippet of the README runs."""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from fastrcnn.data.datasets.shapes import ensure_shapes
+
+TINY = (
+    "MODEL.DEVICE cpu MODEL.RESNETS.WIDTH_PER_GROUP 8 MODEL.RESNETS.RES2_OUT_CHANNELS 16 "
+    "MODEL.RESNETS.STEM_OUT_CHANNELS 8 MODEL.RESNETS.BACKBONE_OUT_CHANNELS 16 MODEL.ROI_BOX_HEAD.MLP_HEAD_DIM 16 "
+    "MODEL.ROI_MASK_HEAD.CONV_LAYERS (16,) MODEL.ROI_HEADS.DETECTIONS_PER_IMG 5 "
+    "INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 DATALOADER.NUM_WORKERS 0 SOLVER.MAX_ITER 2 SOLVER.STEPS (1,)"
+).split()
+
+
+def snippets(repository, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)
+
+
+def run(command: list[str], folder, **environment) -> str:
+    settings = os.environ | {"OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, repository):
+    """A folder with configs, tools, shapes under COCO's names, and a trained quick start of a few iterations."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("configs", "tools"):
+        (folder / name).symlink_to(repository / name)
+    ensure_shapes(folder / "datasets" / "shapes", train=8, val=4)
+    shapes, coco = folder / "datasets" / "shapes", folder / "datasets" / "coco"
+    shutil.copytree(shapes / "train", coco / "train2014")
+    shutil.copytree(shapes / "val", coco / "val2014")
+    (coco / "annotations").mkdir()
+    content = {
+        split: json.loads((shapes / f"annotations/instances_{split}.json").read_text()) for split in ("train", "val")
+    }
+    for name, split in (("train", "train"), ("valminusminival", "val"), ("minival", "val")):
+        # 80 classes, as the recipe has
+        more = [{"id": k, "name": f"class {k}"} for k in range(len(content[split]["categories"]) + 1, 81)]
+        full = content[split] | {"categories": content[split]["categories"] + more}
+        (coco / f"annotations/instances_{name}2014.json").write_text(json.dumps(full))
+    Image.open(next((shapes / "val").glob("*.png"))).save(folder / "photo.png")
+    few = "SOLVER.MAX_ITER 2 SOLVER.STEPS (1,) SOLVER.IMS_PER_BATCH 2 MODEL.DEVICE cpu".split()
+    run([sys.executable, "tools/train.py", *few], folder)
+    return folder
+
+
+def test_install_and_test_commands_are_the_ones_that_ci_runs(repository):
+    commands = snippets(repository, "bash")
+    assert commands[0] == "pip install -e . && python tools/train.py\n"
+    assert commands[1] == "pip install -e '.[dev]' && pytest\n"
+    ci = (repository / ".ci" / "run").read_text()
+    assert "pip install -q -e '.[dev]'\npytest\n" in ci
+
+
+def test_quick_start_leaves_what_the_readme_says(workplace):
+    output = workplace / "output" / "quick_start"
+    names = {p.name for p in output.iterdir()}
+    assert {"model_final.pth", "config.yml", "metrics.jsonl", "loss_curves.png", "val_detections.png"} <= names
+
+
+@pytest.mark.parametrize("index", [0, 1, 3], ids=["predictor", "torchvision", "operators"])
+def test_python_snippets(index, workplace, repository):
+    run([sys.executable, "-c", snippets(repository, "python")[index]], workplace)
+    if index == 0:
+        assert Image.open(workplace / "detections.png").size == (128, 128)
+
+
+def test_training_commands(workplace, repository):
+    one, several, test = (shlex.split(s.replace("\\\n", " ")) for s in snippets(repository, "bash")[2:])
+    assert one[:2] == ["python", "tools/train.py"]
+    run([sys.executable, *one[1:], *TINY, "OUTPUT_DIR", "output/one"], workplace)
+    assert (workplace / "output/one/model_final.pth").exists()
+
+    assert several[:2] == ["torchrun", "--nproc_per_node=8"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    run([*launcher, *several[2:], *TINY, "SOLVER.IMS_PER_BATCH", "2", "TEST.IMS_PER_BATCH", "2"], workplace)
+
+    assert test == ["python", "tools/test.py", "--weights", "output/coco"]
+    assert "AP50" in run([sys.executable, *test[1:], "TEST.IMS_PER_BATCH", "2"], workplace)
+
+
+def test_own_dataset(workplace, repository, monkeypatch):
+    from fastrcnn.config import load_config
+    from fastrcnn.data import build_dataset, make_data_loader
+
+    entries = yaml.safe_load(snippets(repository, "yaml")[0])
+    path = workplace / "registered.yaml"
+    path.write_text(yaml.safe_dump(entries))
+    cfg = load_config(path)
+    assert set(cfg.DATASETS.REGISTER) == {"cells_train", "cells_val", "parts_test"}
+
+    module = types.ModuleType("readme_dots")
+    exec(snippets(repository, "python")[2], module.__dict__)
+    monkeypatch.setitem(sys.modules, "readme_dots", module)
+    assert importlib.import_module("readme_dots").Dots
+    register = "{dots: {factory: 'readme_dots:Dots', args: {}}}"
+    path.write_text(
+        f"DATASETS: {{REGISTER: {register}, TRAIN: ('dots',)}}\nMODEL: {{ROI_BOX_HEAD: {{NUM_CLASSES: 2}}}}"
+    )
+    cfg = load_config(path, ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "1", "DATALOADER.NUM_WORKERS", "0"])
+    assert len(build_dataset(cfg, "dots", is_train=True, transforms=None)) == 8
+    ((images, targets, _),) = list(make_data_loader(cfg, is_train=True))
+    assert len(images) == len(targets) == 2
+    assert torch.equal(targets.labels[:, 0], torch.tensor([1, 1]))
