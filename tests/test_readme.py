@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import types
@@ -42,19 +41,19 @@ def workplace(tmp_path_factory, repository):
     folder = tmp_path_factory.mktemp("readme")
     for name in ("configs", "tools"):
         (folder / name).symlink_to(repository / name)
-    ensure_shapes(folder / "datasets" / "shapes", train=8, val=4)
     shapes, coco = folder / "datasets" / "shapes", folder / "datasets" / "coco"
-    shutil.copytree(shapes / "train", coco / "train2014")
-    shutil.copytree(shapes / "val", coco / "val2014")
-    (coco / "annotations").mkdir()
-    content = {
-        split: json.loads((shapes / f"annotations/instances_{split}.json").read_text()) for split in ("train", "val")
-    }
-    for name, split in (("train", "train"), ("valminusminival", "val"), ("minival", "val")):
+    ensure_shapes(shapes)
+    (coco / "annotations").mkdir(parents=True)
+    for names, year, split in ((("train",), "train2014", "train"), (("valminusminival", "minival"), "val2014", "val")):
+        (coco / year).symlink_to(shapes / split)
+        full = json.loads((shapes / f"annotations/instances_{split}.json").read_text())
+        full["images"] = full["images"][:4]
+        kept = {image["id"] for image in full["images"]}
+        full["annotations"] = [a for a in full["annotations"] if a["image_id"] in kept]
         # 80 classes, as the recipe has
-        more = [{"id": k, "name": f"class {k}"} for k in range(len(content[split]["categories"]) + 1, 81)]
-        full = content[split] | {"categories": content[split]["categories"] + more}
-        (coco / f"annotations/instances_{name}2014.json").write_text(json.dumps(full))
+        full["categories"] += [{"id": k, "name": f"class {k}"} for k in range(len(full["categories"]) + 1, 81)]
+        for name in names:
+            (coco / f"annotations/instances_{name}2014.json").write_text(json.dumps(full))
     Image.open(next((shapes / "val").glob("*.png"))).save(folder / "photo.png")
     few = "SOLVER.MAX_ITER 2 SOLVER.STEPS (1,) SOLVER.IMS_PER_BATCH 2 MODEL.DEVICE cpu".split()
     run([sys.executable, "tools/train.py", *few], folder)

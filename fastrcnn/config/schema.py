@@ -314,11 +314,14 @@ class DatasetsConfig(Section):
 
     TRAIN: tuple[str, ...] = key((), "names of the datasets to train on, one after another")
     TEST: tuple[str, ...] = key((), "names of the datasets to evaluate on, each by itself")
+    JSON_CATEGORY_IDS: bool = key(
+        False, "labels are the category ids of COCO's files, as in torchvision's models, not 1, 2, 3 …"
+    )
     REGISTER: dict[str, dict[str, Any]] = field(
         default_factory=dict,
         metadata={
-            "meaning": "your own datasets: name → {img_dir, ann_file} for COCO's layout, {data_dir, split} for PASCAL "
-            "VOC's; adds to the names of _BASE_",
+            "meaning": "your own datasets: name → {img_dir, ann_file} for COCO's layout, {data_dir, split, classes} "
+            "for PASCAL VOC's, {factory: 'module:Class', args} for your own class; adds to the names of _BASE_",
             "dead": False,
         },
     )

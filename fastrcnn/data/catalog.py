@@ -190,6 +190,7 @@ def build_dataset(cfg: Any, name: str, is_train: bool, transforms: Any = None) -
         flag = "remove_images_without_annotations"
         args[flag] = is_train and args.get(flag, True)
         args.setdefault("keep_crowd", not is_train)
+        args.setdefault("json_category_ids", cfg.DATASETS.JSON_CATEGORY_IDS)
     elif factory is PascalVOCDataset:
         args.setdefault("use_difficult", not is_train)
     if name in ("shapes_train", "shapes_val") and recipe == DatasetCatalog.get(name):

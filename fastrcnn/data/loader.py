@@ -107,10 +107,11 @@ def check_num_classes(cfg: Any, name: str, dataset: Any) -> None:
     if wanted is None or not hasattr(dataset, "categories"):
         return
     key, number = wanted
-    if number != len(dataset.categories) + 1:
+    last = max(dataset.categories, default=0)
+    if number != last + 1:
         raise DataError(
-            f"{key} is {number}; dataset {name!r} has {len(dataset.categories)} categories, "
-            f"so it must be {len(dataset.categories) + 1} (with the background)"
+            f"{key} is {number}; dataset {name!r} has {len(dataset.categories)} categories, the last with label "
+            f"{last}, so it must be {last + 1} (with the background)"
         )
 
 

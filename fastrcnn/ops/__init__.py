@@ -1,4 +1,4 @@
-"""Detection operators for any model: a drop-in for `torchvision.ops`, and the padded, sync-free ones of this package."""
+"""Detection operators for any model: a drop-in for `torchvision.ops`, and padded, sync-free ones on top."""
 
 from fastrcnn.ops.anchors import grid_anchors
 from fastrcnn.ops.box_coder import BoxCoder, decode_boxes, encode_boxes

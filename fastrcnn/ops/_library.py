@@ -85,6 +85,11 @@ def _on_device(launch: Callable) -> Callable:
     return launch_on_device
 
 
+def new_dynamic_size() -> torch.SymInt:
+    """In a shape rule: a size that depends on data, so that compilers go on without knowing it."""
+    return torch.library.get_ctx().new_dynamic_size()
+
+
 def below_autograd():
     """Context in which calling an operator reaches its implementation and not its Autograd function again."""
     return torch._C._AutoDispatchBelowAutograd()

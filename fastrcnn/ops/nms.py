@@ -14,7 +14,7 @@ def _fake_padded(boxes, scores, iou_threshold, max_output, labels=None, valid=No
 
 
 def _fake_ragged(boxes, *_):
-    return boxes.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.int64)
+    return boxes.new_empty((_library.new_dynamic_size(),), dtype=torch.int64)
 
 
 def _triton_padded(boxes, scores, iou_threshold, max_output, labels=None, valid=None):

@@ -17,6 +17,7 @@ _SETTINGS = (
 )
 _TAPS_PER_CHUNK = 1 << 18  # forward: keeps the taps and their result in the cache
 _TAPS_PER_SORT = 1 << 22  # backward: each sort writes a whole map, so fewer of them
+_FEW_CHANNELS = 16
 
 
 def _fake(features, boxes, valid, output_size, *rest):
@@ -30,53 +31,54 @@ def _fake_backward(grad, boxes, valid, shapes, channels_last, *rest, dtype=None)
     return [torch.empty_like(level, memory_format=memory_format(channels_last)) for level in levels]
 
 
-def _cpu(features, boxes, valid, output_size, *rest):
+def _cpu(features, boxes, valid, output_size, scales, sampling_ratio, aligned, *canonical):
     """Weighted sums of whole pixels: each tap reads all channels at once, where torchvision's loop reads one number."""
     dtype = compute_dtype(features[0].dtype)
     boxes = boxes.to(dtype)
-    regions = reference.locate([f.shape for f in features], boxes, valid, output_size, *rest)
+    settings = output_size, scales, sampling_ratio, aligned, *canonical
+    regions = reference.locate([feature.shape for feature in features], boxes, valid, *settings)
     out = _fake(features, boxes, valid, output_size)
     if not regions.usable.all():
         out.zero_()
     format_ = memory_format(is_channels_last(features[0]))
-    for level, (feature, scale) in enumerate(zip(features, rest[0], strict=True)):
+    for level, (feature, scale) in enumerate(zip(features, scales, strict=True)):
         rows = _rows_of_level(regions, level)
         if not len(rows) or not out.numel():
             continue
-        if _few_taps(regions, rows, output_size, feature.shape, is_channels_last(feature)):
-            arguments = _torchvision_rois(regions, boxes, rows), scale, *output_size, *rest[1:3]
+        if _suits_torchvision(regions, rows, output_size, feature.shape, is_channels_last(feature)):
+            arguments = _torchvision_rois(regions, boxes, rows), scale, *output_size, sampling_ratio, aligned
             out[rows] = torch.ops.torchvision.roi_align(feature.to(dtype), *arguments).to(out.dtype)
             continue
         table = feature.permute(0, 2, 3, 1).to(dtype).flatten(0, 2).contiguous()
-        for chunk, index, weight in _chunks(regions, rows, output_size, rest[1]):
+        for chunk, index, weight in _chunks(regions, rows, output_size, sampling_ratio):
             part = reference.gather(table, index, weight).view(-1, *output_size, feature.shape[1])
             out[chunk] = part.permute(0, 3, 1, 2).to(out.dtype).contiguous(memory_format=format_)
     return out
 
 
-def _cpu_backward(grad, boxes, valid, shapes, channels_last, output_size, *rest):
+def _cpu_backward(grad, boxes, valid, shapes, channels_last, output_size, scales, sampling_ratio, aligned, *canonical):
     dtype = compute_dtype(grad.dtype)
     boxes = boxes.to(dtype)
     levels = [tuple(shapes[i : i + 4]) for i in range(0, len(shapes), 4)]
-    regions = reference.locate(levels, boxes, valid, output_size, *rest)
+    regions = reference.locate(levels, boxes, valid, output_size, scales, sampling_ratio, aligned, *canonical)
     grads = _fake_backward(grad, boxes, valid, shapes, channels_last)
-    for level, (out, scale) in enumerate(zip(grads, rest[0], strict=True)):
-        batch, channels, height, width = levels[level]
+    for level, (out, shape, scale) in enumerate(zip(grads, levels, scales, strict=True)):
         rows = _rows_of_level(regions, level)
-        if not len(rows) or not channels:
+        if not len(rows) or not out.numel():
             out.zero_()
             continue
         part = grad if len(rows) == len(grad) else grad[rows]
         part = part.to(dtype)
-        if _few_taps(regions, rows, output_size, levels[level], channels_last):
-            arguments = _torchvision_rois(regions, boxes, rows), scale, *output_size, *levels[level], *rest[1:3]
+        if _suits_torchvision(regions, rows, output_size, shape, channels_last):
+            arguments = _torchvision_rois(regions, boxes, rows), scale, *output_size, *shape, sampling_ratio, aligned
             out.copy_(torch.ops.torchvision._roi_align_backward(part.contiguous(), *arguments))
             continue
+        batch, channels, height, width = shape
         total = None
         for piece in _pieces(regions, rows, output_size):
-            flat = reference.flat_taps(regions.select(rows[piece]), output_size, rest[1])
+            taps = reference.flat_taps(regions.select(rows[piece]), output_size, sampling_ratio)
             grad_rows = part[piece].permute(0, 2, 3, 1).flatten(0, 2).contiguous()
-            added = reference.scatter(grad_rows, *flat, batch * height * width)
+            added = reference.scatter(grad_rows, *taps, batch * height * width)
             total = added if total is None else total.add_(added)
         out.copy_(total.view(batch, height, width, channels).permute(0, 3, 1, 2))
     return grads
@@ -105,16 +107,18 @@ def _samples(regions: Regions, rows: Tensor, output_size: Sequence[int]) -> int:
     return (regions.y.samples[rows] * regions.x.samples[rows]).sum().item() * math.prod(output_size)
 
 
-def _few_taps(regions: Regions, rows: Tensor, output_size, shape, channels_last: bool) -> bool:
-    """Whether turning a contiguous map to channels_last costs more than torchvision's operator, which needs it as is.
+def _suits_torchvision(regions: Regions, rows: Tensor, output_size, shape, channels_last: bool) -> bool:
+    """Whether torchvision's operator is faster: contiguous maps that have few channels or are hardly read.
 
-    Measured on two cores with 256 channels; boxes whose adaptive grid was limited are not torchvision's case.
+    Limits measured on two cores. It does not limit adaptive grids, so it gets no box to which that matters.
     """
     if channels_last:
         return False
     y, x = regions.y.select(rows), regions.x.select(rows)
     limited = ((y.samples == y.extent) & (y.step > y.samples)) | ((x.samples == x.extent) & (x.step > x.samples))
-    return 2 * _samples(regions, rows, output_size) < shape[0] * shape[2] * shape[3] and not limited.any()
+    batch, channels, height, width = shape
+    hardly_read = 2 * _samples(regions, rows, output_size) < batch * height * width
+    return (channels < _FEW_CHANNELS or hardly_read) and not limited.any()
 
 
 def _torchvision_rois(regions: Regions, boxes: Tensor, rows: Tensor) -> Tensor:

@@ -150,7 +150,8 @@ class PolygonBatch(_Batch):
 @dataclass
 class TargetBatch(_Batch):
     """Ground truth: boxes [B, G, 4]; labels int64 [B, G], 0 in empty slots; crowd bool [B, G]; outlines as `polygons`
-    or as `masks` uint8 [B, G, H, W] of the padded image; keypoints [B, G, K, 3] (x, y, visibility)."""
+    or as `masks` uint8 [B, G, H, W] of the padded image, each bitmap's border repeated once into the padding;
+    keypoints [B, G, K, 3] (x, y, visibility)."""
 
     boxes: Tensor
     labels: Tensor
@@ -166,6 +167,11 @@ class TargetBatch(_Batch):
     def valid(self) -> Tensor:
         """bool [B, G]: slots that hold an object to be learnt."""
         return (self.labels > 0) & ~self.crowd
+
+    @property
+    def outlined(self) -> Tensor:
+        """bool [B, G]: slots whose object has a mask to be learnt; one without any polygon has none."""
+        return self.valid if self.polygons is None else self.valid & (self.polygons.parts >= 0).any(2)
 
     @classmethod
     def from_boxlists(cls, boxlists: Sequence[BoxList], batch: ImageBatch) -> Self:
@@ -212,7 +218,11 @@ def _outlines(
     for slot, outline in zip(masks, outlines, strict=True):
         if outline is not None and len(outline) > 0:
             bitmap = outline.get_mask_tensor()
-            slot[: len(bitmap), : bitmap.shape[1], : bitmap.shape[2]] = bitmap
+            count, height, width = bitmap.shape
+            slot[:count, :height, :width] = bitmap
+            # the border is repeated once, so that sampling between it and the padding sees what clamping would give
+            slot[:count, height : height + 1, :width] = bitmap[:, -1:]
+            slot[:count, :, width : width + 1] = slot[:count, :, width - 1 : width]
     return None, masks
 
 

@@ -40,6 +40,14 @@ def test_items(tmp_path):
     assert (info["width"], info["height"]) == (30, 40)
 
 
+def test_labels_may_be_the_ids_of_the_file(tmp_path):
+    args = write_coco(tmp_path, [annotation(1, (30, 20, 20, 20), 3), annotation(1, (1, 2, 3, 4), 7)])
+    dataset = COCODataset(**args, json_category_ids=True)
+    assert dataset.categories == {3: "cat", 7: "dog"}
+    assert dataset.contiguous_category_id_to_json_id == {3: 3, 7: 7}
+    assert dataset[0][1].get_field("labels").tolist() == [3, 7]
+
+
 def test_real_annotations_against_pycocotools(test_data):
     folder = test_data / "coco_open"
     ann_file = folder / "annotations" / "instances_train2017.json"

@@ -174,8 +174,11 @@ def test_images_must_divide_among_the_processes(folder, is_train):
 
 def test_number_of_classes_must_fit(folder):
     cfg = config(folder, "MODEL.ROI_BOX_HEAD.NUM_CLASSES", "81")
-    message = r"MODEL\.ROI_BOX_HEAD\.NUM_CLASSES is 81; dataset 'mine' has 2 categories, so it must be 3"
-    with pytest.raises(DataError, match=message):
+    message = r"MODEL\.ROI_BOX_HEAD\.NUM_CLASSES is 81; dataset 'mine' has 2 categories, the last with label {}"
+    with pytest.raises(DataError, match=message.format("2, so it must be 3")):
+        make_data_loader(cfg, is_train=True)
+    cfg.DATASETS.JSON_CATEGORY_IDS = True
+    with pytest.raises(DataError, match=message.format("7, so it must be 8")):
         make_data_loader(cfg, is_train=True)
     cfg.MODEL.RPN_ONLY = True
     assert len(make_data_loader(cfg, is_train=True)) == 10

@@ -18,7 +18,11 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 def reports(module: str, target: str) -> dict:
     here = Path(__file__).parent
     paths = [str(here), str(here.parent), str(here.parent.parent)]
-    environment = os.environ | {"TRITON_INTERPRET": "0", "FASTRCNN_KERNELS": "auto", "PYTHONPATH": os.pathsep.join(paths)}
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "FASTRCNN_KERNELS": "auto",
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
     command = [sys.executable, str(here.parent / "aot.py"), module, target]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

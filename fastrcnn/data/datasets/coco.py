@@ -36,6 +36,8 @@ class COCODataset(Dataset):
     remove_images_without_annotations: leave out images with no object but crowds, with only boxes of at most one pixel,
     or, in a keypoint dataset, with fewer than 10 labelled keypoints (maskrcnn-benchmark's filter for training).
 
+    json_category_ids: labels are the category ids of the file, as torchvision's models have them, gaps included.
+
     Annotations that cannot be used are left out, with one warning that counts them. DataError: a missing or broken
     annotation file or image.
     """
@@ -47,6 +49,7 @@ class COCODataset(Dataset):
         remove_images_without_annotations: bool = False,
         transforms: Callable[[Any, BoxList], tuple[Any, BoxList]] | None = None,
         keep_crowd: bool = False,
+        json_category_ids: bool = False,
     ) -> None:
         self.ann_file = Path(ann_file)
         self.root = Path(root)
@@ -56,9 +59,10 @@ class COCODataset(Dataset):
         bad.warn(self.ann_file)
 
         categories = sorted(content["categories"], key=lambda category: category["id"])
-        self.categories: dict[int, str] = {k: str(c["name"]) for k, c in enumerate(categories, 1)}
-        self.json_category_id_to_contiguous_id = {c["id"]: k for k, c in enumerate(categories, 1)}
-        self.contiguous_category_id_to_json_id = {k: c["id"] for k, c in enumerate(categories, 1)}
+        labels = [c["id"] for c in categories] if json_category_ids else range(1, len(categories) + 1)
+        self.categories: dict[int, str] = {k: str(c["name"]) for k, c in zip(labels, categories, strict=True)}
+        self.contiguous_category_id_to_json_id = {k: c["id"] for k, c in zip(labels, categories, strict=True)}
+        self.json_category_id_to_contiguous_id = {v: k for k, v in self.contiguous_category_id_to_json_id.items()}
         self._keypoint_names = _keypoint_names(categories, content["annotations"])
         self._has_masks = any(ann.get("segmentation") for ann in content["annotations"])
 

@@ -115,7 +115,7 @@ class MaskHead(nn.Module):
         # positives come first in the samples, so a fixed slice holds them all
         chosen = slice(samples.num_positive)
         boxes, labels, matched = samples.boxes[:, chosen], samples.labels[:, chosen], samples.matched[:, chosen]
-        positive = (labels > 0) & (samples.weight[:, chosen] > 0)
+        positive = (labels > 0) & (samples.weight[:, chosen] > 0) & targets.outlined.gather(1, matched)
         logits = self.logits(features, boxes, labels, positive)
         wanted = mask_targets(targets, boxes, matched, logits.shape[-1], self.conventions)
         error = F.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype), reduction="none").mean((2, 3))

@@ -1,1 +1,1 @@
-"""The definitions of the operators in pure, functional PyTorch: any device, float64 too; what the tests compare with."""
+"""The definitions of the operators in pure, functional PyTorch: any device, float64 too; the oracle of the tests."""
