@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastrcnn import weights as weight_files
 from fastrcnn.config import conventions_of
+from fastrcnn.data import read_image as read_image_file
+from fastrcnn.engine.inference import autocast
 from fastrcnn.evaluation import encode_masks
 from fastrcnn.models import build_model
 from fastrcnn.structures import BoxList, ImageBatch
@@ -19,17 +21,14 @@ Picture = str | Path | Image.Image | np.ndarray | Tensor
 
 
 def read_image(image: Picture) -> Tensor:
-    """A path, a PIL image, an RGB array [h, w, 3] or an RGB tensor [3, h, w], uint8 -> uint8 RGB tensor [3, h, w]."""
+    """A path, a PIL image, an RGB array [h, w, 3] or an RGB tensor [3, h, w], uint8 -> uint8 RGB tensor [3, h, w].
+
+    DataError for a file that cannot be read, ValueError for an array of another kind.
+    """
     if isinstance(image, Tensor):
         return image
     if isinstance(image, (str, Path)):
-        try:
-            with Image.open(image) as file:
-                image = file.convert("RGB")
-        except FileNotFoundError:
-            raise
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"{image} is not an image that can be read: {error}") from error
+        image = read_image_file(Path(image))
     if isinstance(image, Image.Image):
         image = np.array(image.convert("RGB"))
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
@@ -38,7 +37,7 @@ def read_image(image: Picture) -> Tensor:
 
 
 class Predictor:
-    """A trained model that takes images as they come.
+    """A trained model that takes images as they come; ValueError unless the weights fill it.
 
     cfg: from `fastrcnn.load_config`. weights: a path or a state dict of any family that `fastrcnn.weights` reads;
     None takes MODEL.WEIGHT. batch_size: images per forward pass when a list is given.
@@ -51,7 +50,9 @@ class Predictor:
         source = weights if weights is not None else cfg.MODEL.WEIGHT
         if not source:
             raise ValueError("a predictor needs weights: pass `weights`, or set MODEL.WEIGHT")
-        self.report = weight_files.load(self.model, source)
+        report = weight_files.load(self.model, source)
+        if report.missing:
+            raise ValueError(f"the weights do not fill the model\n{report}")
 
     def __call__(self, images: Picture | Iterable[Picture]) -> BoxList | list[BoxList]:
         """One image gives a BoxList in its own frame, several a list: fields scores, labels and, with MODEL.MASK_ON,
@@ -67,7 +68,8 @@ class Predictor:
     def _predict(self, images: list[Tensor]) -> list[BoxList]:
         device = next(self.model.parameters()).device
         batch = ImageBatch.from_images(images, self.cfg).to(device)
-        boxlists = self.model(batch).to_boxlists()
+        with autocast(self.cfg, device):
+            boxlists = self.model(batch).to_boxlists()
         if not self.cfg.MODEL.MASK_ON:
             return boxlists
         continuous = conventions_of(self.cfg).paste_continuous

@@ -110,9 +110,7 @@ def test_own_dataset(workplace, repository, monkeypatch):
     monkeypatch.setitem(sys.modules, "readme_dots", module)
     assert importlib.import_module("readme_dots").Dots
     register = "{dots: {factory: 'readme_dots:Dots', args: {}}}"
-    path.write_text(
-        f"DATASETS: {{REGISTER: {register}, TRAIN: ('dots',)}}\nMODEL: {{ROI_BOX_HEAD: {{NUM_CLASSES: 2}}}}"
-    )
+    path.write_text(f"DATASETS: {{REGISTER: {register}, TRAIN: [dots]}}\nMODEL: {{ROI_BOX_HEAD: {{NUM_CLASSES: 2}}}}")
     cfg = load_config(path, ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "1", "DATALOADER.NUM_WORKERS", "0"])
     assert len(build_dataset(cfg, "dots", is_train=True, transforms=None)) == 8
     ((images, targets, _),) = list(make_data_loader(cfg, is_train=True))

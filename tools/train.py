@@ -55,7 +55,8 @@ def main() -> None:
         numbered = args.config_file is None and "OUTPUT_DIR" not in args.opts[::2]
         run = train(cfg, resume=args.resume, skip_test=args.skip_test, numbered=numbered)
         if is_main():
-            plot_metrics(run.output / "metrics.jsonl", run.output / "loss_curves.png")
+            if run.iteration > 0:
+                plot_metrics(run.output / "metrics.jsonl", run.output / "loss_curves.png")
             if run.results:
                 draw_examples(cfg, run)
             print_summary(run, args.config_file)
@@ -83,11 +84,10 @@ def print_summary(run: Run, config_file: Path | None) -> None:
         for task, values in results.items():
             figures = ", ".join(f"{metric} {values[metric]:.4f}" for metric in ("AP", "AP50") if metric in values)
             print(f"{dataset}: {task} {figures}")
-    recipe = f"--config-file {config_file} " if config_file else ""
     print("\nwhat to run next:")
     print(f"  evaluate again     python tools/test.py --weights {run.output}")
     print(
-        f"  train longer       python tools/train.py {recipe}--resume OUTPUT_DIR {run.output} "
+        f"  train longer       python tools/train.py --config-file {run.output}/config.yml --resume "
         f"SOLVER.MAX_ITER {2 * run.iteration}"
     )
     if config_file is None:

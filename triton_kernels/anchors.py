@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 256  # anchors per program: 4 KB written
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # no fusion: the reference rounds the product
 
 
 @triton.jit
@@ -51,7 +52,6 @@ def grid_anchors(cell_anchors: list[Tensor], grid_sizes: list[int], strides: lis
                 stride_y,
                 stride_x,
                 BLOCK=BLOCK,
-                num_warps=4,
-                enable_fp_fusion=False,  # the reference rounds the product
+                **OPTIONS,
             )
     return anchors

@@ -13,6 +13,7 @@ from torch import Tensor
 # Beyond it one program walks a set too slowly and the bitmask, which spreads a set over many, is faster (an estimate).
 SEGMENTED_LIMIT = 4096
 BLOCK = 64  # boxes per tile: 32 leaves half of each load unused, 128 spills registers
+WORDS = 32  # of a row of the bitmask, read in one step: 1,024 boxes
 PASSES = 16  # enough for every realistic set up to 16,000 boxes (3 to 15 seen); the sweep finishes the others
 MASK_BYTES = 1 << 30  # sets are taken in groups whose bitmasks fit; one set may exceed it
 
@@ -285,7 +286,7 @@ def nms_bitmask(boxes: Tensor, labels: Tensor | None, counts: Tensor, threshold:
     sets, n, _ = boxes.shape
     blocks = triton.cdiv(n, BLOCK)
     words = blocks * BLOCK // 32
-    pitch = triton.cdiv(words, 32) * 32  # whole steps of every loop over words
+    pitch = triton.cdiv(words, WORDS) * WORDS  # whole steps of every loop over words
     boxes = boxes.contiguous()
     labels = None if labels is None else labels.contiguous()
     group = min(sets, max(1, MASK_BYTES // (blocks * BLOCK * pitch * 4)))
@@ -320,11 +321,19 @@ def nms_bitmask(boxes: Tensor, labels: Tensor | None, counts: Tensor, threshold:
                 step,
                 passes,
                 BLOCK=BLOCK,
-                WORDS=32,
+                WORDS=WORDS,
                 **OPTIONS,
             )
         nms_sweep_kernel[(size,)](
-            mask, counts[part], keep[passes % 2, part], flags[part], blocks * BLOCK, pitch, passes, WORDS=32, **OPTIONS
+            mask,
+            counts[part],
+            keep[passes % 2, part],
+            flags[part],
+            blocks * BLOCK,
+            pitch,
+            passes,
+            WORDS=WORDS,
+            **OPTIONS,
         )
     bits = torch.arange(32, dtype=torch.int32, device=boxes.device)
     return ((keep[passes % 2, :, :words, None] >> bits) & 1).bool().flatten(1)[:, :n]

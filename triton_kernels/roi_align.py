@@ -7,6 +7,7 @@ neighbouring channels: the fast path. Coordinates and sums are float32.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -219,6 +220,11 @@ class Config:
     block: int
     num_warps: int
 
+    @property
+    def options(self) -> dict[str, Any]:
+        # a contracted multiply-add would move samples at the border of a map or of an adaptive grid
+        return {"num_warps": self.num_warps, "enable_fp_fusion": False}
+
 
 def config(channels: int, itemsize: int) -> Config:
     """At most 256 channels per program, and so few warps that each thread moves 16 bytes of a pixel at once."""
@@ -240,8 +246,8 @@ def roi_align_forward(
 ) -> None:
     """Fill out [N, C, h, w], of the memory format that channels_last says.
 
-    features: L × [B, C, Hl, Wl], copied if they have another format. boxes: [B, R, 4] or [K, 5]. valid: bool, one per
-    box. thresholds: L − 1 rising areas.
+    features: L × [B, C, Hl, Wl], copied if they have another format; L ≤ MAX_LEVELS. boxes: [B, R, 4] or [K, 5].
+    valid: bool, one per box. thresholds: L − 1 rising areas.
     """
     format_ = torch.channels_last if channels_last else torch.contiguous_format
     maps = [feature.contiguous(memory_format=format_) for feature in features]
@@ -271,8 +277,6 @@ def roi_align_backward(
 def _launch(
     pooled, maps, boxes, valid, scales, thresholds, sampling_ratio, aligned, channels_last, *, backward: bool
 ) -> None:
-    if len(maps) > MAX_LEVELS:
-        raise ValueError(f"features has {len(maps)} levels; the kernel takes at most {MAX_LEVELS}")
     count, channels, height, width = pooled.shape
     if pooled.numel() == 0:
         return
@@ -308,7 +312,5 @@ def _launch(
         UNROLL=0 < ratio <= MAX_UNROLLED_RATIO,
         BACKWARD=backward,
         BLOCK=chosen.block,
-        num_warps=chosen.num_warps,
-        # a contracted multiply-add would move samples at the border of a map or of an adaptive grid
-        enable_fp_fusion=False,
+        **chosen.options,
     )

@@ -50,6 +50,9 @@ def check_config(cfg: Config) -> None:
         need(node.IMS_PER_BATCH >= 1, f"{name}.IMS_PER_BATCH", node.IMS_PER_BATCH, "at least 1")
     for name, node in (("ROI_BOX_HEAD", cfg.MODEL.ROI_BOX_HEAD), ("RETINANET", cfg.MODEL.RETINANET)):
         need(node.NUM_CLASSES >= 2, f"MODEL.{name}.NUM_CLASSES", node.NUM_CLASSES, "at least 2: the background counts")
+    need(len(cfg.INPUT.MIN_SIZE_TRAIN) > 0, "INPUT.MIN_SIZE_TRAIN", cfg.INPUT.MIN_SIZE_TRAIN, "one size or more")
+    need(cfg.DATALOADER.NUM_WORKERS >= 0, "DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS, "at least 0")
+    need(cfg.SOLVER.MAX_ITER >= 0, "SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, "at least 0")
     steps = cfg.SOLVER.STEPS
     need(all(a < b for a, b in pairwise(steps)), "SOLVER.STEPS", steps, "in rising order")
 

@@ -262,7 +262,7 @@ class ModelConfig(Section):
         "modern", "geometry that the weights were trained with: anchors, pooling, frozen batch norm, pasting"
     )
     DEVICE: str = key("auto", "cuda, cuda:1, cpu …; auto = cuda where there is one, else cpu")
-    WEIGHT: str = key("", "file, URL or catalog:// name of the weights to start from; empty = random")
+    WEIGHT: str = key("", "file of the weights to start from, ours or torchvision's; empty = random")
     WEIGHT_SKIP_MISMATCH: bool = key(
         False, "leave parameters of another shape at their first values, instead of an error (new classes)"
     )
@@ -381,6 +381,9 @@ class TestConfig(Section):
         (), "results to check, each (task, metric, (mean, standard deviation)), such as (bbox, AP, (36.8, 0.2))"
     )
     EXPECTED_RESULTS_SIGMA_TOL: float = key(4.0, "allowed distance from the mean, standard deviations")
+    USE_07_METRIC: bool = key(
+        False, "PASCAL VOC's 11-point average precision, as for VOC 2007, rather than the area under the curve"
+    )
     IMS_PER_BATCH: int = key(8, "images per batch over all processes; must divide by their number")
     DETECTIONS_PER_IMG: int = key(
         100, "detections kept per image by RetinaNet and test-time augmentation; see MODEL.ROI_HEADS.DETECTIONS_PER_IMG"
@@ -399,7 +402,9 @@ class Config(Section):
     SOLVER: SolverConfig = field(default_factory=SolverConfig)
     TEST: TestConfig = field(default_factory=TestConfig)
     OUTPUT_DIR: str = key(".", "folder of everything that a run writes")
-    PATHS_CATALOG: str = key("", "Python file with your DatasetCatalog; empty = the built-in one")
+    PATHS_CATALOG: str = key(
+        "", "file that names your datasets: YAML entries, or Python with a DatasetCatalog; empty = none"
+    )
     DTYPE: Literal["float32", "float16", "bfloat16"] = key(
         "float32", "type of the matrix products and convolutions; parameters and losses stay float32"
     )

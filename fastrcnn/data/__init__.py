@@ -1,7 +1,15 @@
 """Datasets, and the way from files to batches."""
 
 from fastrcnn.data.catalog import DatasetCatalog, build_dataset
-from fastrcnn.data.datasets import AbstractDataset, COCODataset, ConcatDataset, DataError, PascalVOCDataset
+from fastrcnn.data.datasets import (
+    AbstractDataset,
+    COCODataset,
+    ConcatDataset,
+    DataError,
+    PascalVOCDataset,
+    SampleError,
+    read_image,
+)
 from fastrcnn.data.loader import Loader, check_num_classes, make_data_loader
 from fastrcnn.data.samplers import DistributedSampler, GroupedBatchSampler, IterationBasedBatchSampler
 from fastrcnn.data.transforms import build_transforms
@@ -17,8 +25,10 @@ __all__ = [
     "IterationBasedBatchSampler",
     "Loader",
     "PascalVOCDataset",
+    "SampleError",
     "build_dataset",
     "build_transforms",
     "check_num_classes",
     "make_data_loader",
+    "read_image",
 ]

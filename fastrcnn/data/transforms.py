@@ -48,7 +48,8 @@ class ColorJitter:
 class Resize:
     """The shorter side becomes min_size (one of several, drawn each time), unless the longer would pass max_size.
 
-    antialias=False is torchvision's way, as in `ImageBatch.from_images`: plain bilinear, both sides truncated.
+    antialias=False is torchvision's way: plain bilinear, both sides truncated. The pixels are rounded to uint8, which
+    `ImageBatch.from_images` does not do there, so the two differ by up to half a grey level.
     """
 
     def __init__(self, min_size: int | Sequence[int], max_size: int, antialias: bool = True) -> None:

@@ -42,15 +42,16 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def is_active() -> bool:
-    """Whether the processes are joined: inside `session`, under torchrun."""
-    return dist.is_initialized()
+def is_first_here() -> bool:
+    """Whether this process is the first one of its machine."""
+    return world_size() == 1 or int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def local_device(name: str) -> torch.device:
     """The device of MODEL.DEVICE for this process: under torchrun, a GPU is the one numbered LOCAL_RANK.
 
-    ConfigError, naming MODEL.DEVICE, for a GPU that is not there.
+    ConfigError, naming MODEL.DEVICE, for a GPU that is not there; under torchrun in every process of a machine with
+    fewer GPUs than processes, so that none waits for the others.
     """
     device = resolve_device(name)
     if device.type != "cuda":
@@ -58,10 +59,14 @@ def local_device(name: str) -> torch.device:
     index = int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else device.index
     index = torch.cuda.current_device() if index is None else index
     found = torch.cuda.device_count()
-    if index >= found:
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
+    if processes > found:
         raise ConfigError(
-            f"MODEL.DEVICE is {name!r} and this process needs GPU {index}, but there are {found}: start fewer processes"
+            f"MODEL.DEVICE is {name!r} and each process needs its own GPU, but {processes} processes run here and "
+            f"there are {found} GPUs: start torchrun with --nproc_per_node={found}, or use MODEL.DEVICE cpu"
         )
+    if index >= found:
+        raise ConfigError(f"MODEL.DEVICE is {name!r} and this process needs GPU {index}, but there are {found}")
     return torch.device("cuda", index)
 
 
@@ -139,6 +144,14 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     values = values.clone()
     dist.all_reduce(values)
     return values / world_size()
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Gives every rank the buffers of rank 0: each has its own statistics of batch norm, and rank 0 writes the
+    checkpoints."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def wrap(model: nn.Module) -> nn.Module:

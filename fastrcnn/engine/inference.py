@@ -88,6 +88,7 @@ def inference(model: nn.Module, loader: Iterable, cfg: Config, output_folder: st
             iou_types=("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",),
             expected_results=cfg.TEST.EXPECTED_RESULTS,
             sigma_tol=cfg.TEST.EXPECTED_RESULTS_SIGMA_TOL,
+            use_07_metric=cfg.TEST.USE_07_METRIC,
         )
     distributed.barrier()
     return results
@@ -117,6 +118,7 @@ def load_predictions(path: str | Path) -> dict[int, BoxList]:
 def test_all(model: nn.Module, loaders: Sequence[Any], cfg: Config) -> dict[str, Results]:
     """`inference` for each loader, into OUTPUT_DIR/inference/<dataset>: {dataset: results}, on ranks other than 0
     empty."""
+    distributed.broadcast_buffers(model)
     results = {}
     for loader in loaders:
         found = inference(model, loader, cfg, Path(cfg.OUTPUT_DIR) / "inference" / loader.dataset_name)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from fastrcnn.data import SampleError
 from fastrcnn.engine import distributed
 
 logger = logging.getLogger("fastrcnn")
@@ -62,14 +63,16 @@ def log_to(folder: str | Path) -> Iterator[None]:
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """For command-line tools: a mistake of the user ends with one message and exit code 2, Ctrl-C with 130; a defect
-    keeps its trace."""
+    keeps its trace.
+
+    All processes of a machine meet the same mistakes, so the first one tells it; but each reads its own images.
+    """
     try:
         yield
     except USER_ERRORS as error:
-        if distributed.is_main():
-            print(f"error: {error}", file=sys.stderr)
-        elif distributed.is_active():  # before that all processes see the same mistake, and one tells it
-            print(f"error in process {distributed.rank()}: {error}", file=sys.stderr)
+        if distributed.is_first_here() or isinstance(error, SampleError):
+            where = "" if distributed.is_main() else f" in process {distributed.rank()}"
+            print(f"error{where}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as error:
         if distributed.is_main():

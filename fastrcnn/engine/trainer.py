@@ -287,6 +287,12 @@ def _train(cfg: Config, device: torch.device, resume: bool, skip_test: bool) -> 
     if newest is None and cfg.MODEL.WEIGHT:
         report = weights.load(model, cfg.MODEL.WEIGHT, skip_mismatch=cfg.MODEL.WEIGHT_SKIP_MISMATCH)
         logger.info("weights of %s\n%s", cfg.MODEL.WEIGHT, report)
+    elif newest is None and cfg.MODEL.BACKBONE.FREEZE_CONV_BODY_AT > 0:
+        logger.warning(
+            "MODEL.WEIGHT is empty, so the first %d parts of the body stay frozen at random values; "
+            "name weights, or set MODEL.BACKBONE.FREEZE_CONV_BODY_AT 0",
+            cfg.MODEL.BACKBONE.FREEZE_CONV_BODY_AT,
+        )
     optimizer = make_optimizer(cfg, model)
     scheduler = WarmupMultiStepLR(cfg, optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.DTYPE == "float16")

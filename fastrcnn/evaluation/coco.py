@@ -144,9 +144,11 @@ def _rows(dataset: Any, index: int, boxlist: BoxList, iou_type: str) -> Iterator
     image_id = image_id_of(dataset, index)
     for label, value, score in zip(labels, values, boxlist.get_field("scores").tolist(), strict=True):
         if to_json is not None and label not in to_json:
-            raise ValueError(
-                f"prediction {index} (image id {image_id}) has label {label}, wanted one of 1..{len(to_json)}"
-            )
+            if not 1 <= label <= max(to_json):
+                raise ValueError(
+                    f"prediction {index} (image id {image_id}) has label {label}, wanted one of 1..{max(to_json)}"
+                )
+            continue  # a gap in the ids of COCO's files: torchvision's models have a class there that means nothing
         yield image_id, label if to_json is None else to_json[label], value, score
 
 
@@ -179,6 +181,9 @@ def coco_from_targets(dataset: Any) -> COCO:
         info = dataset.get_img_info(index)
         size = (int(info["width"]), int(info["height"]))
         target = (target if tuple(target.size) == size else target.resize(size)).convert("xyxy")
+        target = target[target.bbox.isfinite().all(1)]
+        inside = target.clip_to_image(remove_empty=False).bbox
+        target = target[(inside[:, 2:] > inside[:, :2]).all(1)]  # the loader leaves these boxes out as well
         image_id = image_id_of(dataset, index)
         images.append({"id": image_id, "width": size[0], "height": size[1]})
         annotations += [{"image_id": image_id, **annotation} for annotation in _annotations(dataset, target)]

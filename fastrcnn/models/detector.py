@@ -1,5 +1,6 @@
 """The whole detector, and how a config becomes one."""
 
+import operator
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ class GeneralizedRCNN(nn.Module):
 
     def __init__(self, cfg: Any):
         super().__init__()
+        self.conventions = cfg.MODEL.CONVENTIONS
         self.backbone = build_backbone(cfg)
         self.rpn = RPN(cfg, self.backbone.out_channels)
         self.roi_heads = ROIHeads(cfg, self.backbone.out_channels)
@@ -30,16 +32,27 @@ class GeneralizedRCNN(nn.Module):
         Evaluation: the detections in the frame of the padded batch."""
         if self.training and targets is None:
             raise ValueError("a model in training mode needs targets; call model.eval() for detections")
-        features = self.backbone(images.pixels)
         if not self.training:
-            proposals, _ = self.rpn(images, features)
-            return self.roi_heads.detect(features, images, proposals)
+            return self._detect(images)
+        features = self.backbone(images.pixels)
         proposals, losses = self.rpn(images, features, targets)
         return losses | self.roi_heads.losses(features, proposals, targets)
 
+    @torch.no_grad()
+    def _detect(self, images: ImageBatch) -> DetectionBatch:
+        features = self.backbone(images.pixels)
+        proposals, _ = self.rpn(images, features)
+        return self.roi_heads.detect(features, images, proposals)
 
-# what the config tree knows and this version does not build
-_ABSENT = ("RPN_ONLY", "RETINANET_ON", "KEYPOINT_ON")
+
+# what the config tree knows and this version does not have
+_ABSENT = (
+    "MODEL.RPN_ONLY",
+    "MODEL.RETINANET_ON",
+    "MODEL.KEYPOINT_ON",
+    "MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS",
+    "TEST.BBOX_AUG.ENABLED",
+)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -56,10 +69,13 @@ def resolve_device(name: str) -> torch.device:
 
 
 def build_model(cfg: Any) -> GeneralizedRCNN:
-    """The model of a config, in channels_last, on MODEL.DEVICE (or on "meta" under `torch.device("meta")`)."""
+    """The model of a config, in channels_last, on MODEL.DEVICE (or on "meta" under `torch.device("meta")`).
+
+    ConfigError, naming the key, for what is not there: a model family, a name, a device.
+    """
     for key in _ABSENT:
-        if getattr(cfg.MODEL, key):
-            raise ConfigError(f"MODEL.{key} is True, but this model family is not available")
+        if operator.attrgetter(key)(cfg):
+            raise ConfigError(f"{key} is True, but this is not available")
     model = GeneralizedRCNN(cfg).to(memory_format=torch.channels_last)
     if next(model.parameters()).is_meta:
         return model

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastrcnn.config import ConfigError
+
 
 class FrozenBatchNorm2d(nn.Module):
     """Batch norm whose statistics and affine parameters are constants; `conv_norm` folds it into its convolution."""
@@ -47,8 +49,8 @@ def group_norm(channels: int, cfg: Any) -> nn.GroupNorm:
     """MODEL.GROUP_NORM: NUM_GROUPS groups, or groups of DIM_PER_GP channels where that is positive."""
     spec = cfg.MODEL.GROUP_NORM
     groups = channels // spec.DIM_PER_GP if spec.DIM_PER_GP > 0 else spec.NUM_GROUPS
-    if channels % groups:
-        raise ValueError(f"MODEL.GROUP_NORM: {channels} channels do not divide into {groups} groups")
+    if groups < 1 or channels % groups:
+        raise ConfigError(f"MODEL.GROUP_NORM: {channels} channels do not divide into {groups} groups")
     return nn.GroupNorm(groups, channels, spec.EPSILON)
 
 
@@ -78,14 +80,15 @@ def conv(
     return layer
 
 
-def linear(in_features: int, out_features: int, std: float | None = None) -> nn.Linear:
+def linear(in_features: int, out_features: int, std: float | None = None, bias: bool = True) -> nn.Linear:
     """Fully connected layer: normal with deviation std, or kaiming_uniform with a = 1; bias 0."""
-    layer = nn.Linear(in_features, out_features)
+    layer = nn.Linear(in_features, out_features, bias=bias)
     if std is None:
         nn.init.kaiming_uniform_(layer.weight, a=1)
     else:
         nn.init.normal_(layer.weight, std=std)
-    nn.init.zeros_(layer.bias)
+    if bias:
+        nn.init.zeros_(layer.bias)
     return layer
 
 

@@ -45,6 +45,8 @@ class RPN(nn.Module):
         cells = cell_anchors_of_levels(
             self.spec.ANCHOR_SIZES, self.spec.ASPECT_RATIOS, self.spec.ANCHOR_STRIDE, self.conventions
         )
+        if len({len(cell) for cell in cells}) != 1:
+            raise ConfigError(f"MODEL.RPN.ANCHOR_SIZES {self.spec.ANCHOR_SIZES}: every level needs as many sizes")
         for level, cell in enumerate(cells):
             self.register_buffer(f"cell_anchors_{level}", cell, persistent=False)
         self.head = RPNHead(in_channels, self.spec.HEAD_CHANNELS or in_channels, len(cells[0]))

@@ -1,6 +1,5 @@
 """Boxes as offsets from anchors, and back (R-CNN's parametrisation, Girshick et al. 2014, appendix C)."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -9,8 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from fastrcnn.ops import _library
 from fastrcnn.ops.reference import box_coder as reference
-
-MAX_LOG = math.log(1000.0 / 16)  # the largest growth of a side: a box of 16 px becomes one of 1000
+from fastrcnn.ops.reference.box_coder import MAX_LOG
 
 
 def _promoted_fake(first: Tensor, anchors: Tensor, *rest) -> Tensor:
@@ -103,10 +101,11 @@ DECODE_BACKWARD = _library.register(
 
 
 def encode_boxes(boxes: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
-    """Offsets (dx, dy, dw, dh) that lead from anchors to boxes, both [..., 4] xyxy and broadcastable.
+    """Offsets [..., 4] (dx, dy, dw, dh) that lead from anchors to boxes, both [..., 4] xyxy and broadcastable.
 
     dx, dy are in anchor sizes, dw, dh logarithms of the growth, each times its weight. Differentiable once in both.
     float16 and bfloat16 are computed in float32; the result has the promoted dtype. Empty boxes give −inf or NaN.
+    ValueError if a last dimension or weights does not have 4 entries, RuntimeError if the shapes do not broadcast.
     """
     shape = _common_shape("boxes", boxes, anchors)
     flat = ENCODE(_flat(boxes, shape), _flat(anchors, shape), _four(weights))
@@ -125,6 +124,8 @@ def decode_boxes(
     a tensor [..., 2] of them that broadcasts against boxes[..., :2]: the corners are clamped into the image.
     Differentiable once in deltas and anchors; clamped values pass no gradient. float16 and bfloat16 are computed in
     float32; the result has the promoted dtype. NaN in a delta gives NaN in the box.
+    ValueError if a last dimension or weights does not have 4 entries, or that of clip_to not 2; RuntimeError if the
+    shapes do not broadcast.
     """
     return _decode(deltas, anchors, weights, clip_to, MAX_LOG)
 
@@ -173,10 +174,13 @@ class BoxCoder:
         self.bbox_xform_clip = bbox_xform_clip
 
     def encode(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
-        """Deltas [N, 4] that lead from proposals [N, 4] to reference_boxes [N, 4]."""
+        """Deltas [N, 4] that lead from proposals [N, 4] to reference_boxes [N, 4]. Errors as of `encode_boxes`."""
         return encode_boxes(reference_boxes, proposals, self.weights)
 
     def decode(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
-        """Boxes [N, 4 · classes] at rel_codes [N, 4 · classes] from boxes [N, 4]."""
+        """Boxes [N, 4 · classes] at rel_codes [N, 4 · classes] from boxes [N, 4].
+
+        RuntimeError or ValueError for other shapes, and for weights that are not 4.
+        """
         deltas = rel_codes.reshape(boxes.shape[0], rel_codes.shape[1] // 4, 4)
         return _decode(deltas, boxes[:, None], self.weights, None, self.bbox_xform_clip).flatten(1)

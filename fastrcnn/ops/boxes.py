@@ -19,22 +19,31 @@ REMOVE_SMALL = _library.register_composite(
 
 
 def box_area(boxes: Tensor, fmt: str = "xyxy") -> Tensor:
-    """Areas [...] of boxes [..., 4]; negative for a box with one side inverted. fmt: "xyxy", "xywh" or "cxcywh"."""
+    """Areas [...] of boxes [..., 4]; negative for a box with one side inverted.
+
+    fmt: "xyxy", "xywh" or "cxcywh"; ValueError for any other.
+    """
     return AREA(boxes, fmt)
 
 
 def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy") -> Tensor:
-    """Intersection over union [..., N, M] of boxes1 [..., N, 4] with boxes2 [..., M, 4]; NaN for two empty boxes."""
+    """Intersection over union [..., N, M] of boxes1 [..., N, 4] with boxes2 [..., M, 4]; NaN for two empty boxes.
+
+    fmt of both: as in `box_area`, or one of torchvision's rotated formats; ValueError for any other.
+    """
     return IOU(boxes1, boxes2, fmt)
 
 
 def box_convert(boxes: Tensor, in_fmt: str, out_fmt: str) -> Tensor:
-    """Boxes in another format: "xyxy", "xywh" (corner and size), "cxcywh" (centre and size); rotated as torchvision."""
+    """Boxes [..., 4] in another format: "xyxy", "xywh" (corner and size), "cxcywh" (centre and size).
+
+    Returns a new tensor [..., 4]. Rotated formats go to torchvision; ValueError for a format that neither knows.
+    """
     return CONVERT(boxes, in_fmt, out_fmt)
 
 
 def clip_boxes_to_image(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Boxes with their corners clamped into an image of size (height, width)."""
+    """Boxes [..., 4] with their corners clamped into an image of size (height, width); ValueError for another size."""
     return CLIP(boxes, size)
 
 

@@ -36,7 +36,8 @@ def match_boxes(
     slots. Returns matched int64 [B, A]: the index of the ground truth where IoU ≥ high, −1 where IoU < low, −2 between;
     and the best IoU float32 [B, A] (float64 for such boxes; 0 where there is none). allow_low_quality: every box that
     ties the best IoU of some valid ground truth is matched with its own best as well. Boxes with NaN never match; an
-    image without valid ground truth is all −1. The A×G matrix is never held. No gradient.
+    image without valid ground truth is all −1. The A×G matrix is never held. No gradient. ValueError if the shapes do
+    not fit together or low exceeds high.
     """
     if low > high:
         raise ValueError(f"low ({low}) must not exceed high ({high})")

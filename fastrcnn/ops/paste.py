@@ -31,7 +31,7 @@ def paste_masks(
     image_size: (height, width). Returns bool, or with threshold None the float32 probabilities. continuous False is
     torchvision's rule (`paste_masks_in_image`: padding 1, boxes cut to whole pixels, then > threshold), True is
     detectron2's (sampled at pixel centres as `grid_sample` does, then ≥ threshold; nothing for a box without area). A
-    box that is not finite gives an empty mask. No gradient.
+    box that is not finite gives an empty mask. No gradient. ValueError if masks or boxes have other shapes.
     """
     if masks.dim() != 3 or masks.shape[1] != masks.shape[2]:
         raise ValueError(f"masks must have the shape [D, M, M], got {list(masks.shape)}")

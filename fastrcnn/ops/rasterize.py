@@ -27,7 +27,7 @@ def rasterize_polygons(
     num_parts − 1) that an edge belongs to, −1 for an empty slot; boxes: [B, R, 4] xyxy; matched: int64 [B, R], the
     ground truth of each box, negative for none. Returns float32 [B, R, side, side] of zeros and ones. The box is scaled
     to the mask (a side counts as 0.1 px at least), each part follows pycocotools' rule exactly, and the parts are
-    united. No gradient.
+    united. No gradient. ValueError on shapes that do not fit together.
     """
     if edges.dim() != 4 or edges.shape[-1] != 4 or parts.shape != edges.shape[:3]:
         raise ValueError(

@@ -127,11 +127,12 @@ def _torchvision_rois(regions: Regions, boxes: Tensor, rows: Tensor) -> Tensor:
 
 
 def _triton(features, boxes, valid, output_size, scales, sampling_ratio, aligned, canonical_size, canonical_level):
-    rest = output_size, scales, sampling_ratio, aligned, canonical_size, canonical_level
-    if features[0].dtype == torch.float64:  # the kernels compute in float32
-        return reference.multilevel_roi_align(features, boxes, valid, *rest)
     from triton_kernels import roi_align as kernels
 
+    # the kernels compute in float32 and take a fixed number of levels
+    if features[0].dtype == torch.float64 or len(features) > kernels.MAX_LEVELS:
+        rest = output_size, scales, sampling_ratio, aligned, canonical_size, canonical_level
+        return reference.multilevel_roi_align(features, boxes, valid, *rest)
     out = _fake(features, boxes, valid, output_size)
     thresholds = reference.level_thresholds(scales, canonical_size, canonical_level)
     channels_last = is_channels_last(features[0])
@@ -142,12 +143,13 @@ def _triton(features, boxes, valid, output_size, scales, sampling_ratio, aligned
 
 
 def _triton_backward(grad, boxes, valid, shapes, channels_last, output_size, scales, ratio, aligned, *canonical):
-    # the kernel adds atomically, in an order that differs from run to run
-    if grad.dtype == torch.float64 or torch.are_deterministic_algorithms_enabled():
-        rest = output_size, scales, ratio, aligned, *canonical
-        return reference.multilevel_roi_align_backward(grad, boxes, valid, shapes, channels_last, *rest)
     from triton_kernels import roi_align as kernels
 
+    # as in the forward; and the kernel adds atomically, in an order that differs from run to run
+    unsuited = grad.dtype == torch.float64 or len(scales) > kernels.MAX_LEVELS
+    if unsuited or torch.are_deterministic_algorithms_enabled():
+        rest = output_size, scales, ratio, aligned, *canonical
+        return reference.multilevel_roi_align_backward(grad, boxes, valid, shapes, channels_last, *rest)
     grads = _fake_backward(grad, boxes, valid, shapes, channels_last, dtype=torch.float32)
     for level in grads:
         level.zero_()
@@ -226,9 +228,12 @@ def multilevel_roi_align(
 
     features: L × [B, C, Hl, Wl], finest first. boxes: [B, R, 4] xyxy in image pixels, or [K, 5] with the image's index
     first. scales: feature pixels per image pixel of each level, falling. output_size: bins, (height, width).
-    sampling_ratio: samples per bin and axis; 0 or less takes one per pixel, which costs a read of the device on CPUs.
-    aligned: as in `roi_align`. A box with √area = canonical_size belongs to level canonical_level, where a level is
-    −log2(scale). valid: bool [B, R] or [K].
+    sampling_ratio: samples per bin and axis; 0 or less takes one per pixel. aligned: as in `roi_align`. A box with
+    √area = canonical_size belongs to level canonical_level, where a level is −log2(scale). valid: bool [B, R] or [K].
+
+    On a GPU the kernel serves float16, bfloat16 and float32 features of at most 5 levels. Other features, gradients
+    under `torch.use_deterministic_algorithms`, and everything without Triton take the PyTorch reference, which is
+    slower and, with sampling_ratio ≤ 0 only, waits for the device to read the numbers of samples; nothing else waits.
 
     Returns [B · R or K, C, height, width] in the dtype and memory format of the features; channels_last is the fast
     one. Boxes that are not valid, not finite or of an image that is not there give zeros. Differentiable in the
@@ -273,7 +278,8 @@ def roi_align(
 
     Returns [K, C, height, width] in the dtype and memory format of the input; channels_last is the fast one. Computed
     in float32, or float64 for float64 input, for boxes of any floating dtype. Differentiable in the input. Boxes that
-    are not finite or of an image that is not there give zeros. Raises AssertionError for boxes of another shape.
+    are not finite or of an image that is not there give zeros. What waits for a GPU: see `multilevel_roi_align`.
+    Raises AssertionError for boxes of another shape.
     """
     return _OP_SINGLE(input, _to_rois(boxes), float(spatial_scale), *_pair(output_size), sampling_ratio, aligned)
 
@@ -298,7 +304,7 @@ def _pair(size: int | Sequence[int]) -> list[int]:
 
 
 class RoIAlign(nn.Module):
-    """`roi_align` as a module."""
+    """`roi_align` as a module, with the same arguments."""
 
     def __init__(
         self, output_size: int | Sequence[int], spatial_scale: float, sampling_ratio: int, aligned: bool = False
@@ -310,6 +316,10 @@ class RoIAlign(nn.Module):
         self.aligned = aligned
 
     def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
+        """input [N, C, H, W], rois [K, 5] or N tensors [L, 4] -> [K, C, height, width].
+
+        Raises AssertionError for rois of another shape.
+        """
         return roi_align(input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
 
     def extra_repr(self) -> str:
@@ -323,7 +333,8 @@ class MultiScaleRoIAlign(nn.Module):
     """torchvision.ops.MultiScaleRoIAlign: pools each box from the level of a feature pyramid that suits its size.
 
     featmap_names: the keys of the pyramid to pool from. canonical_scale, canonical_level: a box with
-    √area = canonical_scale belongs to level canonical_level, a level being −log2 of its scale.
+    √area = canonical_scale belongs to level canonical_level, a level being −log2 of its scale. More than 5 levels work,
+    but on a GPU without the kernel: see `multilevel_roi_align`.
     """
 
     def __init__(
@@ -348,7 +359,7 @@ class MultiScaleRoIAlign(nn.Module):
 
         boxes: for each image [L, 4], xyxy in image pixels. image_shapes: (height, width) of each. The scales
         are powers of two, read off the first call's shapes. Returns [sum of L, C, height, width]. Raises ValueError for
-        no image shapes, AssertionError for boxes that are not [L, 4].
+        no image shapes and for features that `multilevel_roi_align` refuses, AssertionError for boxes not [L, 4].
         """
         features = [feature for name, feature in x.items() if name in self.featmap_names]
         if self.scales is None:

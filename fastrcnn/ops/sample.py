@@ -27,7 +27,9 @@ def sample_balanced(
     labels: integers [B, A], > 0 positive, 0 negative, < 0 ignored. At most int(count · positive_fraction) positives are
     taken, and negatives fill up. Returns indices int64 [B, K] and weights float32 [B, K], K = min(count, A): weight 1
     is a sample, 0 an empty slot, whose index is in range but means nothing. If count suffices for all and its share for
-    the positives, every positive and every negative is returned. generator: on the device of labels.
+    the positives, every positive and every negative is returned. generator: on the device of labels;
+    torch.compile breaks the graph at it, so fullgraph=True needs None. ValueError if labels are not [B, A], count is
+    negative or positive_fraction not from 0 to 1.
     """
     if labels.dim() != 2:
         raise ValueError(f"labels must have the shape [B, A], got {list(labels.shape)}")

@@ -170,15 +170,18 @@ class TargetBatch(_Batch):
 
     @property
     def outlined(self) -> Tensor:
-        """bool [B, G]: slots whose object has a mask to be learnt; one without any polygon has none."""
-        return self.valid if self.polygons is None else self.valid & (self.polygons.parts >= 0).any(2)
+        """bool [B, G]: slots whose object has a mask to be learnt; one without a polygon or a pixel has none."""
+        if self.polygons is not None:
+            return self.valid & (self.polygons.parts >= 0).any(2)
+        return self.valid if self.masks is None else self.valid & (self.masks.flatten(2).amax(2) > 0)
 
     @classmethod
     def from_boxlists(cls, boxlists: Sequence[BoxList], batch: ImageBatch) -> Self:
         """Pad ground truth to a power of two of slots, in the frame of `batch` (each BoxList has its own image_size).
 
         Fields: labels (needed), masks (SegmentationMask), keypoints (Keypoints), iscrowd. When the masks of one
-        object are bitmaps, the bitmaps of all are used; else the polygons.
+        object are bitmaps, the bitmaps of all are used; else the polygons. ValueError for targets that do not fit the
+        images or each other, and for boxes that are not finite or have no area.
         """
         if len(boxlists) != len(batch):
             raise ValueError(f"{len(boxlists)} targets for {len(batch)} images")
@@ -190,7 +193,11 @@ class TargetBatch(_Batch):
         labels = torch.zeros(len(boxlists), slots, dtype=torch.int64)
         crowd = torch.zeros(len(boxlists), slots, dtype=torch.bool)
         for i, target in enumerate(boxlists):
-            boxes[i, : len(target)] = target.convert("xyxy").bbox
+            corners = target.convert("xyxy").bbox
+            good = corners.isfinite().all(1) & (corners[:, 2:] > corners[:, :2]).all(1)
+            if not good.all():
+                raise ValueError(f"target {i} has a box without area: {corners[~good][0].tolist()} (xyxy)")
+            boxes[i, : len(target)] = corners
             labels[i, : len(target)] = torch.as_tensor(target.get_field("labels"))
             if target.has_field("iscrowd"):
                 crowd[i, : len(target)] = torch.as_tensor(target.get_field("iscrowd")).bool()
@@ -208,7 +215,7 @@ def _outlines(
     boxlists: Sequence[BoxList], slots: int, size: Sequence[int]
 ) -> tuple[PolygonBatch | None, Tensor | None]:
     outlines = [b.get_field("masks") if b.has_field("masks") else None for b in boxlists]
-    if all(o is None for o in outlines):
+    if all(o is None for o in outlines) and any(len(b) > 0 for b in boxlists):
         return None, None
     if any(o is None and len(b) > 0 for o, b in zip(outlines, boxlists, strict=True)):
         raise ValueError("some images of the batch have objects without masks: give all of them masks, or none")
@@ -282,11 +289,12 @@ class DetectionBatch(_Batch):
         out = []
         for i, n in enumerate(host.count.tolist()):
             height, width = host.original_sizes[i].tolist()
-            boxlist = BoxList(boxes[i, :n], (width, height))
-            boxlist.add_field("scores", host.scores[i, :n])
-            boxlist.add_field("labels", host.labels[i, :n])
+            # copies, so that what is kept of a data set does not hold the whole padded (and pinned) batches
+            boxlist = BoxList(boxes[i, :n].clone(), (width, height))
+            boxlist.add_field("scores", host.scores[i, :n].clone())
+            boxlist.add_field("labels", host.labels[i, :n].clone())
             if host.masks is not None:
-                boxlist.add_field("mask", host.masks[i, :n])
+                boxlist.add_field("mask", host.masks[i, :n].clone())
             out.append(boxlist)
         return out
 

@@ -1,6 +1,7 @@
 """Read a file of weights, recognise whose it is, and copy it into a model."""
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,13 +38,16 @@ class Report:
         return "\n".join(rows)
 
 
-def read_state(source: str | Path | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """A path or a state dict -> (tensors under our names, the family they came from).
+def read_state(source: str | Path | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str, str | None]:
+    """A path or a state dict -> (tensors under our names, the family they came from, their conventions if known).
 
     Files are read with `torch.load(weights_only=True)`: no code in them runs. A checkpoint's {"model": ...} is opened.
+    FileNotFoundError, or WeightError for a file that is no state dict.
     """
     if isinstance(source, Mapping):
         content = source
+    elif "://" in str(source):
+        raise WeightError(f"{source}: addresses of weights are not available; download the file and name its path")
     else:
         path = Path(source)
         if not path.is_file():
@@ -52,23 +56,40 @@ def read_state(source: str | Path | Mapping[str, Tensor]) -> tuple[dict[str, Ten
             content = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
             raise WeightError(f"{path} is not a file of weights that can be read safely: {error}") from error
+    conventions = None
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        content = content["model"]
+        conventions, content = content.get("conventions"), content["model"]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise WeightError(f"{_name(source)} holds no state dict (a mapping from names to tensors)")
-    state = {name.removeprefix("module."): value for name, value in content.items()}
+    # DataParallel and torch.compile put these before the names
+    state = {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in content.items()}
     if torchvision.matches(state):
-        return torchvision.convert(state), "torchvision"
-    return state, "fastrcnn"
+        return torchvision.convert(state), "torchvision", "torchvision"
+    if torchvision.is_body(state):
+        return torchvision.convert_body(state), "torchvision ResNet", None
+    return state, "fastrcnn", conventions
 
 
 def load(model: nn.Module, source: str | Path | Mapping[str, Tensor], skip_mismatch: bool = False) -> Report:
     """Copy weights into a model and report what did not fit.
 
     Tensors of another shape (a head for another number of classes, say) are an error, with the table of all of them,
-    unless skip_mismatch: then they keep their initial values. No tensor in common is an error too.
+    unless skip_mismatch: then they keep their initial values. No tensor in common is an error too. Weights that were
+    trained with other conventions than MODEL.CONVENTIONS give a warning.
     """
-    state, family = read_state(source)
+    state, family, conventions = read_state(source)
+    ours = getattr(model, "conventions", conventions)
+    if conventions is not None and conventions != ours:
+        warnings.warn(
+            f"{_name(source)} was trained with the conventions {conventions!r}, the model has {ours!r}: "
+            f"set MODEL.CONVENTIONS {conventions}, or expect worse detections",
+            stacklevel=2,
+        )
+    if family == "torchvision ResNet" and _strides_in_1x1(model):
+        warnings.warn(
+            "torchvision's ResNets have their strides in the 3×3 convolutions: set MODEL.RESNETS.STRIDE_IN_1X1 False",
+            stacklevel=2,
+        )
     own = model.state_dict()
     report = Report(_name(source), family)
     for name, value in state.items():
@@ -79,6 +100,11 @@ def load(model: nn.Module, source: str | Path | Mapping[str, Tensor], skip_misma
         else:
             report.loaded.append(name)
     report.missing = [name for name in own if name not in state]
+    # a count that only momentum-free batch norm uses, and that frozen batch norm does not have
+    report.missing, report.unexpected = (
+        [name for name in names if not name.endswith("num_batches_tracked")]
+        for names in (report.missing, report.unexpected)
+    )
     if not report.loaded:
         raise WeightError(f"nothing in {report.source} fits the model\n{report}")
     if report.mismatched and not skip_mismatch:
@@ -89,6 +115,11 @@ def load(model: nn.Module, source: str | Path | Mapping[str, Tensor], skip_misma
         )
     model.load_state_dict({name: state[name] for name in report.loaded}, strict=False)
     return report
+
+
+def _strides_in_1x1(model: nn.Module) -> bool:
+    layers = (m for m in model.modules() if isinstance(m, nn.Conv2d))
+    return any(m.stride == (2, 2) and m.kernel_size == (1, 1) and m.out_channels < m.in_channels for m in layers)
 
 
 def _name(source: str | Path | Mapping[str, Tensor]) -> str:

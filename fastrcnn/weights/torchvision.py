@@ -1,4 +1,4 @@
-"""torchvision's `fasterrcnn_resnet50_fpn` and `maskrcnn_resnet50_fpn` (and their relatives with other ResNets)."""
+"""torchvision's `fasterrcnn_resnet50_fpn` and `maskrcnn_resnet50_fpn`, and its ResNets as bodies of a detector."""
 
 import re
 from collections.abc import Mapping
@@ -21,6 +21,16 @@ _NUMBERED = (
 )
 
 
+def is_body(state: Mapping[str, Tensor]) -> bool:
+    """Whether these are the parameters of a torchvision ResNet, trained to classify."""
+    return "conv1.weight" in state and "layer1.0.conv1.weight" in state
+
+
+def convert_body(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors as the body of a backbone, without the classifier."""
+    return convert({f"backbone.body.{name}": value for name, value in state.items() if not name.startswith("fc.")})
+
+
 def matches(state: Mapping[str, Tensor]) -> bool:
     """Whether these are the parameters of a torchvision detector."""
     return "roi_heads.box_head.fc6.weight" in state and any(k.startswith("backbone.fpn.inner_blocks.") for k in state)
@@ -28,7 +38,7 @@ def matches(state: Mapping[str, Tensor]) -> bool:
 
 def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors under our names."""
-    return {_rename(name): value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    return {_rename(name): value for name, value in state.items()}
 
 
 def _rename(name: str) -> str:

@@ -199,6 +199,7 @@ NEW = {
     "DATASETS.JSON_CATEGORY_IDS": False,
     "SOLVER.CLIP_GRADIENTS": 0.0,
     "SOLVER.LOG_PERIOD": 20,
+    "TEST.USE_07_METRIC": False,
     "SEED": -1,
 }
 

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from fastrcnn.data import AbstractDataset
-from fastrcnn.structures import BoxList
+from fastrcnn.structures import BoxList, SegmentationMask
 
 
 class Squares(AbstractDataset):
@@ -21,9 +21,36 @@ class Squares(AbstractDataset):
         return {"height": 30, "width": 40}
 
     def __getitem__(self, index: int):
-        target = BoxList([self.box], (40, 30))
-        target.add_field("labels", torch.tensor([self.label]))
+        boxes = self.box if isinstance(self.box[0], list) else [self.box]
+        target = BoxList(boxes, (40, 30))
+        target.add_field("labels", torch.tensor([self.label] * len(boxes)))
         image, target = self.transforms(Image.new("RGB", (40, 30), (index, 0, 0)), target)
+        return image, target, index
+
+
+class Absent(Squares):
+    def __getitem__(self, index: int):
+        return Image.open(f"absent{index}.png"), BoxList([self.box], (40, 30)), index
+
+
+class Sized(Squares):
+    def __init__(self, info, **arguments) -> None:
+        super().__init__(**arguments)
+        self.info = info
+
+    def get_img_info(self, index: int):
+        return self.info
+
+
+class Rows(Squares):
+    """Labels and masks tell the boxes apart: box k has label k % 2 + 1 and a mask from column k on."""
+
+    def __getitem__(self, index: int):
+        target = BoxList(self.box, (40, 30))
+        target.add_field("labels", torch.arange(len(self.box)) % 2 + 1)
+        outlines = [[[k, 3, 30, 3, 30, 20]] for k in range(len(self.box))]
+        target.add_field("masks", SegmentationMask(outlines, (40, 30)))
+        image, target = self.transforms(Image.new("RGB", (40, 30)), target)
         return image, target, index
 
 

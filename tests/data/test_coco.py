@@ -10,7 +10,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from fastrcnn.data import COCODataset, DataError
+from fastrcnn.data import COCODataset, DataError, read_image
+from fastrcnn.data.datasets.abstract import read_image_size
+from fastrcnn.data.datasets.coco import _runs
 from fastrcnn.structures import PersonKeypoints
 
 SQUARE = [5, 6, 15, 6, 15, 18, 5, 18]
@@ -163,6 +165,17 @@ def test_bad_annotations_are_skipped_with_one_counted_warning(tmp_path, caplog):
         annotation(segmentation=[[1, 2, 3]]),
         annotation(segmentation={"size": [3, 3], "counts": [9]}),
         annotation(segmentation={"size": [30, 40], "counts": [9]}),
+        annotation(segmentation={"size": [30, 40], "counts": ["a", None]}),
+        annotation(segmentation={"size": [30, 40], "counts": [[1], [2, 3]]}),
+        annotation(segmentation={"size": [30, 40], "counts": [-1, 1201]}),
+        annotation(segmentation={"size": [30, 40], "counts": {}}),
+        annotation(segmentation={"size": 5, "counts": [1200]}),
+        annotation(segmentation=[[*SQUARE, 1e9, 5]]),
+        annotation(segmentation=5),
+        annotation(segmentation=[7, 8]),
+        annotation(category_id=[3]),
+        annotation(image_id={"a": 1}),
+        annotation(iscrowd="no"),
     ]
     args = write_coco(tmp_path, [annotation(), *bad, annotation(2)])
     dataset = COCODataset(**args)
@@ -173,16 +186,64 @@ def test_bad_annotations_are_skipped_with_one_counted_warning(tmp_path, caplog):
         "2 with a box of zero or negative size (first: annotation id 2, image id 1)",
         "3 with NaN or infinity in the box",
         "2 with a box outside the image",
-        "1 with a category id outside the list (first: annotation id 8, image id 1)",
-        "1 with an unknown image id (first: annotation id 9, image id 99)",
+        "2 with a category id outside the list (first: annotation id 8, image id 1)",
+        "2 with an unknown image id (first: annotation id 9, image id 99)",
+        "1 with an iscrowd that is neither 0 nor 1",
+        "1 with a segmentation that is neither polygons nor an RLE",
         "2 with no box",
         "1 with NaN or infinity in a polygon",
-        "1 with a broken polygon",
-        "1 with an RLE of another size",
-        "1 with a broken RLE",
+        "2 with a broken polygon",
+        "1 with a polygon far outside the image",
+        "2 with an RLE of another size",
+        "5 with a broken RLE",
     ):
         assert part in record.message
     assert len(dataset.coco.anns) == 2  # the evaluator sees the same
+
+
+def compressed(bitmap: np.ndarray) -> dict:
+    rle = coco_mask.encode(np.asfortranarray(bitmap, dtype=np.uint8))
+    return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
+
+
+def test_run_lengths_are_read_as_pycocotools_writes_them():
+    random = np.random.default_rng(0)
+    bitmaps = [random.random((h, w)) < p for h, w in ((30, 40), (1, 1), (300, 500)) for p in (0, 0.001, 0.1, 0.9, 1)]
+    for bitmap in bitmaps:
+        pixels = bitmap.T.flatten()
+        changes = np.flatnonzero(np.diff(pixels, prepend=False))
+        want = np.diff(changes, prepend=0, append=len(pixels))
+        assert _runs(compressed(bitmap)["counts"]).tolist() == want.tolist()
+
+
+def test_broken_compressed_masks_are_skipped(tmp_path, caplog):
+    bitmap = np.zeros((30, 40))
+    bitmap[5:20, 10:30] = 1
+    good = compressed(bitmap)
+    counts = good["counts"]
+    # cut short, cut within a number, a number without end, other characters, other runs, none
+    broken = [counts[:-1], counts[:1], counts + "o", "o" * 40, counts + "é", "~" + counts, counts + counts, " ", ""]
+    anns = [annotation(segmentation={**good, "counts": each}) for each in broken]
+    dataset = COCODataset(**write_coco(tmp_path, [*anns, annotation(segmentation=good)]))
+    assert np.array_equal(dataset[0][1].get_field("masks").get_mask_tensor(), bitmap[None])
+    assert f"{len(broken)} with a broken RLE (first: annotation id 1, image id 1)" in caplog.text
+
+
+def test_bad_keypoints_are_skipped_but_not_their_boxes(tmp_path, caplog):
+    categories = [{"id": 3, "name": "cat", "keypoints": ["head"]}, {"id": 7, "name": "dog", "keypoints": 5}]
+    points = [[4, 5, 2], [4, 5], [math.nan, 5, 2], ["a", "b", "c"], 3, [], None]
+    anns = [annotation(keypoints=each) for each in points]
+    dataset = COCODataset(**write_coco(tmp_path, anns, categories=categories))
+    keypoints = dataset[0][1].get_field("keypoints").keypoints[:, 0].tolist()
+    assert keypoints == [[4.5, 5.5, 2]] + [[0, 0, 0]] * 6
+    assert "4 bad annotations skipped: 4 with keypoints of the wrong number or with NaN (only these" in caplog.text
+
+
+def test_odd_ids_and_areas_of_annotations_are_replaced(tmp_path):
+    args = write_coco(tmp_path, [annotation(area="big"), annotation(area=math.nan), annotation(area=7)])
+    edit_json(args["ann_file"], lambda content: content["annotations"][1].update(id=[1]))
+    anns = COCODataset(**args).coco.anns
+    assert {number: ann["area"] for number, ann in anns.items()} == {1: 120, 2: 120, 3: 7}
 
 
 def test_good_files_give_no_warning(test_data, caplog):
@@ -208,8 +269,14 @@ def test_image_without_size_is_measured(tmp_path):
     edit_json(args["ann_file"], lambda content: [image.pop("width") for image in content["images"]])
     dataset = COCODataset(**args)
     assert [dataset.get_img_info(i)["width"] for i in range(2)] == [40, 30]
+    for odd in ("40", math.nan, -3, [40], 40.5, None):
+        edit_json(args["ann_file"], lambda content, odd=odd: content["images"][0].update(width=odd))
+        assert COCODataset(**args)[0][0].size == (40, 30)
     (args["root"] / "2.png").unlink()
     with pytest.raises(DataError, match=r"2\.png \(image id 2\) does not exist"):
+        COCODataset(**args)
+    (args["root"] / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(30))  # Pillow: SyntaxError
+    with pytest.raises(DataError, match=r"2\.png \(image id 2\) cannot be read"):
         COCODataset(**args)
 
 
@@ -232,6 +299,19 @@ def test_missing_and_broken_images(tmp_path):
         dataset[3]
 
 
+def test_an_image_is_read_by_its_path_alone(tmp_path, monkeypatch):
+    path = tmp_path / "grey.png"
+    Image.new("L", (40, 30), 77).save(path)
+    assert read_image(str(path)).getpixel((3, 3)) == (77, 77, 77)
+    with pytest.raises(DataError, match=r"absent\.png does not exist$"):
+        read_image(tmp_path / "absent.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match=r"grey\.png cannot be read: .*decompression bomb"):
+        read_image(path)
+    with pytest.raises(DataError, match=r"grey\.png \(image id 4\) cannot be read: .*decompression bomb"):
+        read_image_size(path, 4)
+
+
 def test_grey_images_become_rgb(tmp_path):
     args = write_coco(tmp_path, [])
     Image.new("L", (40, 30), 77).save(args["root"] / "1.png")
@@ -247,6 +327,9 @@ def test_grey_images_become_rgb(tmp_path):
         ('{"images": [], "categories": []}', "no list 'annotations'"),
         ('{"images": [{"id": 1}], "annotations": [], "categories": []}', r"images\[0\] needs id and file_name"),
         ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}', "twice"),
+        ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": "1", "name": "b"}]}', "'1'"),
+        ('{"images": [{"id": [1], "file_name": "a.png"}], "annotations": [], "categories": []}', r"the id \[1\]"),
+        ('{"images": [{"id": 1, "file_name": 7}], "annotations": [], "categories": []}', "the file_name 7"),
     ],
 )
 def test_missing_and_broken_annotation_files(tmp_path, text, message):

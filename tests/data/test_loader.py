@@ -1,3 +1,4 @@
+import re
 from itertools import islice
 
 import numpy as np
@@ -6,7 +7,7 @@ import torch
 from data.makers import annotation, write_coco
 
 from fastrcnn.config import load_config
-from fastrcnn.data import DataError, make_data_loader
+from fastrcnn.data import DataError, SampleError, make_data_loader
 from fastrcnn.structures import BoxList, ImageBatch, TargetBatch
 
 SQUARE = [5, 6, 15, 6, 15, 18, 5, 18]
@@ -214,7 +215,7 @@ def test_a_users_own_dataset(tmp_path):
     [
         ("Squares", "label: 3", r"labels are \[3\]; want 1 to MODEL\.ROI_BOX_HEAD\.NUM_CLASSES - 1 = 2"),
         ("Squares", "label: 0", r"labels are \[0\]"),
-        ("Squares", "box: [.nan, 3, 20, 21]", "a box has NaN"),
+        ("Absent", "", r"cannot be read: .*absent\d\.png"),
         ("Untransformed", "", "the image is Image; want uint8"),
         ("Unlabelled", "", "the target is .*want a BoxList with the field labels"),
     ],
@@ -223,6 +224,54 @@ def test_mistakes_of_a_users_own_dataset(tmp_path, kind, arguments, message):
     loader = make_data_loader(own(tmp_path, kind, arguments), is_train=True)
     with pytest.raises(DataError, match=rf"dataset 'own', item \d: {message}"):
         list(loader)
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_missing_image_of_a_users_own_dataset_names_it_also_from_a_worker(tmp_path, workers):
+    cfg = own(tmp_path, "Absent")
+    cfg.DATALOADER.NUM_WORKERS = int(workers)
+    cfg.DATASETS.TRAIN = ("own", "own")
+    with pytest.raises(SampleError, match=r"^dataset 'own', item [0-5]: cannot be read: .*absent\d\.png'$"):
+        list(make_data_loader(cfg, is_train=True))
+
+
+@pytest.mark.parametrize("info", ["{width: 40}", "{height: 30, width: null}", "{height: 0, width: 40}", "null"])
+@pytest.mark.parametrize("grouping", [True, False])
+def test_a_users_own_dataset_without_image_sizes(tmp_path, info, grouping):
+    cfg = own(tmp_path, "Sized", f"info: {info}")
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = grouping
+    with pytest.raises(DataError, match=r"dataset 'own', item \d: get_img_info gave .*want the image's height and"):
+        list(make_data_loader(cfg, is_train=True))
+
+
+BAD_BOXES = {
+    "[.nan, 3, 20, 21]": "NaN or infinity",
+    "[2, 3, .inf, 21]": "NaN or infinity",
+    "[20, 3, 20, 21]": "no area",
+    "[20, 3, 2, 21]": "no area",
+    "[40, 3, 50, 21]": "no part in the image",
+    "[2, -9, 20, -1]": "no part in the image",
+}
+
+
+@pytest.mark.parametrize(("box", "reason"), BAD_BOXES.items())
+def test_bad_boxes_of_a_users_own_dataset_are_left_out_with_one_warning(tmp_path, caplog, box, reason):
+    cfg = own(tmp_path, "Squares", f"box: [[2, 3, 20, 21], {box}]")
+    for _, targets, ids in make_data_loader(cfg, is_train=True):
+        assert targets.boxes[targets.labels > 0].tolist() == [[2, 3, 20, 21]] * len(ids)
+    (record,) = caplog.records
+    assert re.match(rf"dataset 'own', item \d: box 1 is left out, it has {reason};", record.message)
+
+
+def test_fields_stay_with_their_boxes_when_bad_ones_are_left_out(tmp_path, caplog):
+    boxes = [*BAD_BOXES, "[0, 3, 30, 20]", "[7, 3, 30, 20]"]
+    cfg = own(tmp_path, "Rows", f"box: [{', '.join(boxes)}]")
+    cfg.MODEL.MASK_ON = True
+    _, targets, _ = next(iter(make_data_loader(cfg, is_train=True)))
+    assert targets.boxes[0, :2].tolist() == [[0, 3, 30, 20], [7, 3, 30, 20]]
+    assert targets.labels[0].tolist() == [1, 2]
+    assert targets.polygons.edges[0, :2, 0, 0].tolist() == [6, 7]
+    assert len(caplog.records) == 1
 
 
 def test_real_photos_keep_their_objects(test_data):

@@ -67,6 +67,18 @@ def test_unknown_class_says_what_to_do(test_data):
         PascalVOCDataset(test_data / "bccd", "train")
 
 
+def test_objects_of_classes_that_are_not_asked_for_are_skipped(test_data, caplog):
+    dataset = PascalVOCDataset(test_data / "bccd", "val", use_difficult=True, classes=("WBC", "RBC"))
+    everything = PascalVOCDataset(test_data / "bccd", "val", use_difficult=True, classes=("WBC", "RBC", "Platelets"))
+    others = 0
+    for index in range(len(dataset)):
+        target, whole = dataset.get_groundtruth(index), everything.get_groundtruth(index)
+        assert torch.equal(target.bbox, whole.bbox[whole.get_field("labels") < 3])
+        others += int((whole.get_field("labels") == 3).sum())
+    assert f"{others} with class 'Platelets', which `classes` does not name (first: object" in caplog.text
+    assert others > 50
+
+
 def test_missing_and_broken_files(tmp_path):
     folder = write_voc(tmp_path, {"a": [voc_object()], "b": [voc_object()]})
     with pytest.raises(DataError, match=r"val\.txt cannot be read"):
@@ -89,5 +101,7 @@ def test_missing_and_broken_files(tmp_path):
 def test_image_without_size_is_measured(tmp_path):
     folder = write_voc(tmp_path, {"a": [voc_object()]})
     path = folder / "Annotations" / "a.xml"
-    path.write_text(path.read_text().replace("<width>40</width>", ""))
-    assert PascalVOCDataset(folder, "train", classes=CLASSES).get_img_info(0) == {"height": 30, "width": 40}
+    text = path.read_text()
+    for odd in ("", "<width>inf</width>", "<width>-4</width>", "<width>wide</width>"):
+        path.write_text(text.replace("<width>40</width>", odd))
+        assert PascalVOCDataset(folder, "train", classes=CLASSES).get_img_info(0) == {"height": 30, "width": 40}

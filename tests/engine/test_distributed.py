@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastrcnn.config import ConfigError
+from fastrcnn.data import DataError, SampleError
 from fastrcnn.engine import checkpoint, distributed, load_predictions
+from fastrcnn.engine.logging import exit_on_user_error
 
 SCRIPT = """
 import json, os, sys
@@ -92,6 +95,37 @@ def test_objects_travel_in_the_order_of_the_ranks(both):
     for report in (first, second):
         assert report["mean"][0] == 0.5
         assert report["mean"][1] != report["mean"][1]
+
+
+def test_more_processes_than_gpus_is_told_in_every_one(monkeypatch):
+    monkeypatch.setattr(distributed, "resolve_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for rank in "01":
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError, match=r"2 processes run here and there are 1 GPUs: .*--nproc_per_node=1"):
+            distributed.local_device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert distributed.local_device("cuda") == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "error", "told"),
+    [
+        (0, 0, DataError("bad key"), "error: bad key\n"),
+        (1, 1, DataError("bad key"), ""),  # rank 0 meets it as well
+        (1, 1, SampleError("bad image"), "error in process 1: bad image\n"),
+        (2, 0, DataError("no file here"), "error in process 2: no file here\n"),  # another machine
+    ],
+)
+def test_a_mistake_is_told_once(monkeypatch, capsys, rank, local_rank, error, told):
+    for name, value in {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SystemExit) as end, exit_on_user_error():
+        raise error
+    assert end.value.code == 2
+    assert capsys.readouterr().err == told
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch):

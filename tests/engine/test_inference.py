@@ -29,6 +29,16 @@ def test_detections_reach_the_evaluation_and_the_file(tmp_path):
         assert boxlist.get_field("labels").tolist() == [1]
 
 
+def test_the_metric_of_voc_2007_is_passed_on(tmp_path, monkeypatch):
+    passed = []
+    monkeypatch.setattr(inference, "evaluate", lambda *_, use_07_metric, **__: passed.append(use_07_metric))
+    cfg = tiny_config(tmp_path)
+    for wanted in (False, True):
+        cfg.TEST.USE_07_METRIC = wanted
+        inference.inference(TinyDetector(), TestLoader(0, 1), cfg, tmp_path)
+    assert passed == [False, True]
+
+
 def test_image_without_detections_answer_is_an_error(tmp_path, monkeypatch):
     loader = TestLoader(0, 1)
     loader.ids = [0, 1, 2]

@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from fastrcnn.evaluation import check_expected_results, evaluate, evaluate_coco, evaluate_proposals, to_coco_results
-from fastrcnn.structures import BoxList, Keypoints, SegmentationMask
+from fastrcnn.structures import BoxList, Keypoints, SegmentationMask, cat_boxlist
 
 FILES = {
     "bbox": ("coco_bbox_segm/instances_val2014_100.json", "coco_bbox_segm/instances_val2014_fakebbox100_results.json"),
@@ -139,6 +139,19 @@ def perfect():
     return boxes
 
 
+def test_labels_may_be_the_ids_of_the_file():
+    """With gaps between them, in which a model may find things that no annotation can be."""
+    dataset = Dataset(coco_of(tiny()))
+    dataset.contiguous_category_id_to_json_id = {3: 3, 8: 8}
+    predictions = {k: b.copy_with_fields(["scores"]) for k, b in perfect().items()}
+    for index, label in enumerate((3, 8)):
+        twice = torch.cat([predictions[index].bbox] * 2)
+        predictions[index] = BoxList(twice, predictions[index].size)
+        predictions[index].add_field("scores", torch.tensor([0.5, 0.9]))
+        predictions[index].add_field("labels", torch.tensor([label, 5]))
+    assert evaluate(dataset, predictions, None)["bbox"]["AP"] == pytest.approx(1.0)
+
+
 def test_perfect_predictions_on_a_plain_file():
     measures = evaluate(Dataset(coco_of(tiny())), perfect(), None, iou_types=("bbox", "segm", "keypoints"))
     for task, classes in (("bbox", {"box", "man"}), ("segm", {"box", "man"}), ("keypoints", {"man"})):
@@ -233,6 +246,21 @@ def test_own_dataset_with_masks():
     dataset = Dataset(coco_of({**tiny(), "annotations": [{**a, "iscrowd": 0} for a in tiny()["annotations"]]}))
     measures = evaluate(OwnDataset(dataset, "poly"), perfect(), None, iou_types=("bbox", "segm"))
     assert measures["bbox"]["AP/box"] == measures["segm"]["AP/man"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("box", [[5, 5, float("nan"), 9], [5, 5, 5, 9], [9, 5, 5, 9], [900, 5, 950, 9]])
+def test_bad_boxes_of_an_own_dataset_are_no_objects(box):
+    class WithBadBox(OwnDataset):
+        def __getitem__(self, index):
+            image, target, _ = super().__getitem__(index)
+            bad = BoxList([box], target.size)
+            bad.add_field("labels", torch.tensor([1]))
+            bad.add_field("iscrowd", torch.tensor([False]))
+            return image, cat_boxlist([target.convert("xyxy"), bad]), index
+
+    dataset = Dataset(coco_of({**tiny(), "annotations": [{**a, "iscrowd": 0} for a in tiny()["annotations"]]}))
+    measures = evaluate(WithBadBox(dataset, None), perfect(), None)
+    assert measures["bbox"]["AP"] == pytest.approx(1.0)
 
 
 def greedy_recall(boxes, objects):

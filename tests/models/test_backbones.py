@@ -30,7 +30,7 @@ def config(*overrides):
 def pair(depth, norm, *overrides, **theirs):
     """Our body and torchvision's with the same random weights and statistics."""
     names = ["MODEL.RESNETS.TRANS_FUNC", f"BottleneckWith{norm}", "MODEL.RESNETS.STEM_FUNC", f"StemWith{norm}"]
-    ours = ResNet(config(*names, *overrides), depth)
+    ours = ResNet(config(*names, "MODEL.BACKBONE.FREEZE_CONV_BODY_AT", "0", *overrides), depth)
     model = getattr(torchvision.models, f"resnet{depth}")(weights=None, norm_layer=NORMS[norm], **theirs)
     state = {}
     for name, value in model.state_dict().items():
@@ -85,6 +85,15 @@ def test_freezing(at):
     body = ResNet(config("MODEL.BACKBONE.FREEZE_CONV_BODY_AT", str(at)), 18)
     frozen = {name.split(".")[0] for name, p in body.named_parameters() if not p.requires_grad}
     assert frozen == set(["stem", "layer1", "layer2", "layer3"][:at])
+
+
+def test_batch_norm_of_frozen_parts_stands_still():
+    overrides = "MODEL.RESNETS.TRANS_FUNC BottleneckWithBatchNorm MODEL.RESNETS.STEM_FUNC StemWithBatchNorm".split()
+    body = ResNet(config(*overrides), 18).train()
+    before = {name: buffer.clone() for name, buffer in body.named_buffers()}
+    body(torch.randn(2, 3, 64, 64))
+    moved = {name.split(".")[0] for name, buffer in body.named_buffers() if not torch.equal(buffer, before[name])}
+    assert moved == {"layer2", "layer3", "layer4"}
 
 
 def test_folding_keeps_values_and_gradients():

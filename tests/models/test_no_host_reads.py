@@ -18,18 +18,25 @@ def inputs(kind: str) -> tuple[fastrcnn.ImageBatch, fastrcnn.TargetBatch]:
     boxes = torch.tensor([[[10.0, 10, 60, 60], [0, 0, 0, 0]], [[0, 0, 0, 0], [0, 0, 0, 0]]])
     labels = torch.tensor([[3, 0], [0, 0]])
     targets = fastrcnn.TargetBatch(boxes, labels, torch.zeros(2, 2, dtype=torch.bool))
-    if kind == "polygons":
+    if kind in ("polygons", "batch norm"):
         edges = torch.tensor([[10.0, 10, 60, 10], [60, 10, 35, 60], [35, 60, 10, 10], [0, 0, 0, 0]]).repeat(2, 2, 1, 1)
         parts = torch.tensor([0, 0, 0, -1]).repeat(2, 2, 1)
         targets.polygons = fastrcnn.structures.PolygonBatch(edges, parts, 1)
-    elif kind == "masks":
+    elif kind in ("masks", "torchvision"):
         targets.masks = torch.ones(2, 2, 128, 160, dtype=torch.uint8)
     return images, targets
 
 
+NAMES = {
+    "boxes": "e2e_faster_rcnn_R_50_FPN_1x",
+    "torchvision": "torchvision/mask_rcnn_R_50_FPN",
+    "batch norm": "quick_start",
+}
+
+
 def config(repository, kind: str):
-    name = "e2e_faster_rcnn_R_50_FPN_1x.yaml" if kind == "boxes" else "e2e_mask_rcnn_R_50_FPN_1x.yaml"
-    return fastrcnn.load_config(repository / "configs" / name, SMALL)
+    name = NAMES.get(kind, "e2e_mask_rcnn_R_50_FPN_1x")
+    return fastrcnn.load_config(repository / "configs" / f"{name}.yaml", SMALL)
 
 
 def without_values(model: torch.nn.Module, mode: FakeTensorMode) -> torch.nn.Module:
@@ -42,14 +49,16 @@ def without_values(model: torch.nn.Module, mode: FakeTensorMode) -> torch.nn.Mod
     return model
 
 
-@pytest.mark.parametrize("kind", ["boxes", "polygons", "masks"])
-def test_steps_trace_without_values(kind, repository):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["boxes", "polygons", "masks", "torchvision", "batch norm"])
+def test_steps_trace_without_values(kind, precision, repository):
     cfg = config(repository, kind)
     model = fastrcnn.build_model(cfg)
     mode = FakeTensorMode()
     without_values(model, mode)
     images, targets = (batch._map(mode.from_tensor) for batch in inputs(kind))
-    with mode:
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+    with mode, autocast:
         with pytest.raises(DataDependentOutputException):  # the mode does catch a read
             torch.ones(1).item()
         losses = model.train()(images, targets)
@@ -57,7 +66,9 @@ def test_steps_trace_without_values(kind, repository):
         sum(losses.values()).backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
         detections = model.eval()(images)
-        assert detections.boxes.shape == (2, cfg.MODEL.ROI_HEADS.DETECTIONS_PER_IMG, 4)
+        slots = cfg.MODEL.ROI_HEADS.DETECTIONS_PER_IMG
+        assert detections.boxes.shape == (2, slots, 4)
+        assert detections.masks is None if kind == "boxes" else detections.masks.shape == (2, slots, 28, 28)
 
 
 @pytest.mark.parametrize("kind", ["boxes", "polygons", "masks"])

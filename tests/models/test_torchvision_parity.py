@@ -6,7 +6,7 @@ from PIL import Image
 from support import DEVICE
 from torchvision.models.detection import FasterRCNN, MaskRCNN, fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import FrozenBatchNorm2d, box_iou
 from torchvision.transforms.functional import pil_to_tensor
 
 import fastrcnn
@@ -46,8 +46,10 @@ def perturb(model, image):
         (model.rpn.head.bbox_pred, 0.3),
         (model.roi_heads.box_predictor.cls_score, 3.0),
         (model.roi_heads.box_predictor.bbox_pred, 1.0),
+        (getattr(model.roi_heads.mask_predictor, "mask_fcn_logits", None), 2.0),
     ):
-        spread(model, layer, target, image)
+        if layer is not None:
+            spread(model, layer, target, image)
 
 
 @torch.no_grad()
@@ -85,23 +87,26 @@ def test_same_detections(kind, test_data, repository):
     for w, g, image in zip(want, got, images, strict=True):
         w = {k: v.cpu() for k, v in w.items()}
         assert len(g) == len(w["scores"]) < 1000
+        if len(g) == 0:
+            continue
         scores, labels = g.get_field("scores"), g.get_field("labels")
         assert (scores[:-1] >= scores[1:]).all()
         same = (labels[:, None] == w["labels"]) & ((scores[:, None] - w["scores"]).abs() < 1e-4)
         distance = (g.bbox[:, None] - w["boxes"]).abs().amax(2)
-        partner = torch.where(same, distance, torch.inf).min(1)
-        assert (partner.values < 0.05).all()
-        assert partner.indices.unique().numel() == len(g)  # one to one
+        distance, partner = torch.where(same, distance, torch.inf).min(1)
+        # two boxes that suppress each other and have equal scores up to rounding: either may be the one that stays
+        tied = same & (box_iou(g.bbox, w["boxes"]) > cfg.MODEL.ROI_HEADS.NMS)
+        found = distance < 0.05
+        assert (found | tied.any(1)).all()
+        assert found.float().mean() > 0.98
+        assert partner[found].unique().numel() == found.sum()  # one to one
         if kind == "mask":
-            pasted = ops.paste_masks(g.get_field("mask"), g.bbox, image.shape[-2:], threshold=None)
-            theirs_pasted = w["masks"][partner.indices, 0]
-            # an integer box side may fall on either side of a pixel border: then the whole mask shifts
-            exact = g.bbox.clone()
-            exact[:] = w["boxes"][partner.indices]
-            pasted_at_theirs = ops.paste_masks(g.get_field("mask"), exact, image.shape[-2:], threshold=None)
-            assert (pasted_at_theirs - theirs_pasted).abs().max() < 1e-3
-            moved = ((pasted - theirs_pasted).abs().amax((1, 2)) > 1e-3).float().mean()
-            assert moved < 0.05
+            masks, want_masks = g.get_field("mask")[found], w["masks"][partner[found], 0]
+            # pasted at their boxes: one that ends within rounding of a pixel's border may be drawn a pixel further
+            pasted = ops.paste_masks(masks, w["boxes"][partner[found]], image.shape[-2:], threshold=None)
+            assert (pasted - want_masks).abs().max() < 1e-3
+            pasted = ops.paste_masks(masks, g.bbox[found], image.shape[-2:], threshold=None)
+            assert ((pasted - want_masks).abs().amax((1, 2)) < 1e-3).float().mean() > 0.95
 
 
 def exhaustive(kind):
@@ -138,35 +143,35 @@ def test_same_losses_and_gradients_when_sampling_is_exhaustive(kind, test_data, 
     cfg = config(repository, kind, *overrides)
     ours = fastrcnn.build_model(cfg).train()
     fastrcnn.weights.load(ours, theirs.state_dict())
+    theirs.to(DEVICE)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-6)):
+        theirs.to(dtype)
+        ours.to(dtype)
+        pixels = [i.to(DEVICE, dtype) / 255 for i in images]
+        targets = [
+            {
+                "boxes": b.bbox.to(DEVICE, dtype),
+                "labels": b.get_field("labels").to(DEVICE),
+                "masks": b.get_field("masks").get_mask_tensor().to(DEVICE),
+            }
+            for b in boxlists
+        ]
+        want = theirs(pixels, targets)
+
+        batch = fastrcnn.ImageBatch.from_tensors(images, [i.shape[-2:] for i in images], cfg)
+        padded = fastrcnn.TargetBatch.from_boxlists(boxlists, batch)
+        prepared = theirs.transform(pixels)[0].tensors
+        torch.testing.assert_close(batch.pixels.to(DEVICE, dtype), prepared, rtol=1e-6, atol=1e-6)
+        batch.pixels, padded.boxes = prepared, padded.boxes.to(dtype)
+        got = ours(batch.to(DEVICE), padded.to(DEVICE))
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            error = (got[name] - value).abs() / value.abs()
+            assert error < tolerance, f"{name}: relative error {error:.1e} in {dtype}"
+
     # in float64: a difference of 1e-7 anywhere turns some ReLUs of 50 layers, which moves gradients by 1e-3
-    theirs.to(DEVICE).double()
-    ours.double()
-
-    targets = [
-        {
-            "boxes": b.bbox.to(DEVICE).double(),
-            "labels": b.get_field("labels").to(DEVICE),
-            "masks": b.get_field("masks").get_mask_tensor().to(DEVICE),
-        }
-        for b in boxlists
-    ]
-    want = theirs([i.to(DEVICE).double() / 255 for i in images], targets)
     sum(want.values()).backward()
-
-    batch = fastrcnn.ImageBatch.from_tensors(images, [i.shape[-2:] for i in images], cfg)
-    pixels = theirs.transform([i.double() / 255 for i in images])[0].tensors
-    torch.testing.assert_close(batch.pixels, pixels.float())
-    batch.pixels = pixels
-    padded = fastrcnn.TargetBatch.from_boxlists(boxlists, batch)
-    padded.boxes = padded.boxes.double()
-    got = ours(batch.to(DEVICE), padded.to(DEVICE))
     sum(got.values()).backward()
-
-    assert got.keys() == want.keys()
-    for name, value in want.items():
-        torch.testing.assert_close(
-            got[name], value, rtol=1e-6, atol=0, check_dtype=False, msg=lambda m, n=name: f"{n}: {m}"
-        )
     gradients = convert({n: p.grad for n, p in theirs.named_parameters()})
     own = {n: p.grad for n, p in ours.named_parameters()}
     assert own.keys() == gradients.keys()

@@ -147,6 +147,17 @@ def test_compiles():
     torch.testing.assert_close(*grads)
 
 
+def test_box_coder_compiles():
+    def there_and_back(coder, boxes, anchors):
+        return coder.decode(coder.encode(boxes, anchors), anchors)
+
+    coder, boxes, anchors = BoxCoder(WEIGHTS), random_boxes(9), random_boxes(9)
+    compiled = torch.compile(there_and_back, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(coder, boxes, anchors), boxes)
+    coder = BoxCoder(WEIGHTS, bbox_xform_clip=-1.0)
+    torch.testing.assert_close(compiled(coder, boxes, anchors), there_and_back(coder, boxes, anchors))
+
+
 def test_dynamic_shapes_do_not_recompile():
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(decode_boxes, fullgraph=True, backend=counter, dynamic=True)

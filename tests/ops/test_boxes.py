@@ -1,5 +1,3 @@
-import inspect
-
 import pytest
 import torch
 import torchvision.ops as tv
@@ -11,7 +9,6 @@ from torch.library import opcheck
 
 from fastrcnn.ops import boxes as ours
 
-NAMES = ("box_area", "box_iou", "box_convert", "clip_boxes_to_image", "remove_small_boxes")
 FORMATS = ("xyxy", "xywh", "cxcywh")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.int16)
 
@@ -23,14 +20,6 @@ def random_boxes(*shape, dtype=torch.float32):
 
 def same(got, want):
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_signature_is_torchvisions(name):
-    def arguments(function):
-        return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
-
-    assert arguments(getattr(ours, name)) == arguments(getattr(tv, name))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

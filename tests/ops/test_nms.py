@@ -5,6 +5,7 @@ import torch
 import torchvision
 from support import DEVICE
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fastrcnn.ops import batched_nms, nms, nms_padded
 from fastrcnn.ops.reference import nms as reference
@@ -209,6 +210,18 @@ def test_ragged_compiles():
     got = torch.compile(best, fullgraph=True, backend="aot_eager")(boxes, scores, idxs)
     for value, want in zip(got, best(boxes, scores, idxs), strict=True):
         assert value.equal(want)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_ragged_traces_without_data(labelled):
+    """The number of kept boxes is an unknown size, with which computation goes on."""
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        boxes, scores = torch.empty(9, 4, device=DEVICE), torch.empty(9, device=DEVICE)
+        idxs = torch.empty(9, dtype=torch.int64, device=DEVICE)
+        kept = batched_nms(boxes, scores, idxs, 0.5) if labelled else nms(boxes, scores, 0.5)
+        assert (kept.dtype, kept.device, kept.dim()) == (torch.int64, boxes.device, 1)
+        assert isinstance(kept.shape[0], torch.SymInt)
+        assert boxes[kept].shape == (kept.shape[0], 4)
 
 
 def test_traces_without_data():

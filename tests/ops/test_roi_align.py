@@ -1,5 +1,6 @@
 """ROIAlign on the CPU against torchvision's, and under everything that may call an operator."""
 
+import copy
 import importlib
 import math
 
@@ -341,6 +342,24 @@ def test_compile():
     for g, w in zip(torch.autograd.grad(got, maps), torch.autograd.grad(want, maps), strict=True):
         torch.testing.assert_close(g, w)
         assert g.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_modules_compile():
+    maps, boxes = pyramid(requires_grad=True), list(boxes_in(80, 64, 2, 7))
+    features = dict(zip("abc", maps, strict=True))
+    multi_scale = MultiScaleRoIAlign(list("abc"), (3, 2), 2, canonical_scale=24, canonical_level=3)
+    for module_, arguments in (
+        (RoIAlign((3, 2), 0.25, 2, True), (maps[0], boxes)),
+        (multi_scale, (features, boxes, [(64, 80), (60, 70)])),
+    ):
+        compiled = torch.compile(copy.deepcopy(module_), fullgraph=True, backend="aot_eager")
+        want = module_(*arguments)
+        want_grad = torch.autograd.grad(want.square().sum(), maps[0])
+        for _ in range(2):  # the first call of the multi-scale module also sets its scales
+            got = compiled(*arguments)
+            torch.testing.assert_close(got, want)
+            torch.testing.assert_close(torch.autograd.grad(got.square().sum(), maps[0]), want_grad)
+    assert compiled.scales == SCALES
 
 
 def test_compile_with_changing_shapes():

@@ -75,6 +75,10 @@ def test_opcheck_compile_and_fake():
     opcheck(SAMPLE, (random_labels(30, 3).t(), noise, 8, 0.25))
     compiled = torch.compile(sample_balanced, fullgraph=True, backend="aot_eager")
     check(labels, 8, 0.25, *compiled(labels, 8, 0.25))
+    # a generator breaks the graph, but changes nothing else
+    compiled = torch.compile(sample_balanced, backend="aot_eager")
+    got, want = (f(labels, 8, 0.25, torch.Generator(DEVICE).manual_seed(1)) for f in (compiled, sample_balanced))
+    assert all(map(torch.equal, got, want))
     with FakeTensorMode():
         indices, _ = sample_balanced(torch.empty(3, 30, dtype=torch.int64), 8, 0.25)
         assert indices.shape == (3, 8)

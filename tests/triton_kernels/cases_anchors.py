@@ -2,6 +2,8 @@
 
 from aot import Case
 
+from triton_kernels.anchors import BLOCK, OPTIONS
+
 CASES = [
     Case(
         f"grid-{name}",
@@ -15,12 +17,13 @@ CASES = [
             "stride_y": "fp32",
             "stride_x": "fp32",
         },
-        {"BLOCK": 256},
-        options={"num_warps": 4, "enable_fp_fusion": False},
+        {"BLOCK": BLOCK},
+        options=OPTIONS,
         stores=stores,
     )
     for name, pointer, stores in (
         ("float32", "*fp32", {"cuda": ".v4.b32", "hip": "dwordx4"}),
+        ("float16", "*fp16", {"cuda": ".v2.b32", "hip": "dwordx2"}),
         ("bfloat16", "*bf16", {"cuda": ".v2.b32", "hip": "dwordx2"}),
     )
 ]

@@ -21,12 +21,14 @@ POINTERS = {
 }
 WIDE = {  # 4 numbers per box: one vector each
     "fp32": {"cuda": ".v4.b32", "hip": "dwordx4"},
+    "fp16": {"cuda": ".v2.b32", "hip": "dwordx2"},
     "bf16": {"cuda": ".v2.b32", "hip": "dwordx2"},
     "fp64": {"cuda": ".v2.b64", "hip": "dwordx4"},
 }
 
 
-def _case(operation, dtype, clip):
+def _case(operation, dtype, *, clip=False, deltas=None):
+    """deltas: their dtype, and so that of their gradient, where it is not that of the anchors."""
     types = dict.fromkeys(POINTERS[operation], f"*{dtype}") | SCALARS
     constants = {"BLOCK": BLOCK, "DTYPE": tl.float64 if dtype == "fp64" else tl.float32}
     if "decode" in operation:
@@ -34,8 +36,10 @@ def _case(operation, dtype, clip):
         constants["CLIP"] = clip
     else:
         types.pop("max_log")
+    if deltas is not None:
+        types |= {name: f"*{deltas}" for name in types if name in ("deltas_ptr", "grad_deltas_ptr")}
     return Case(
-        name=f"{operation}-{dtype}-{'clip' if clip else 'plain'}",
+        name="-".join([operation, *([f"{deltas}-deltas"] if deltas else []), dtype, "clip" if clip else "plain"]),
         kernel=f"triton_kernels.box_coder:{operation}_kernel",
         types=types,
         constants=constants,
@@ -45,6 +49,10 @@ def _case(operation, dtype, clip):
     )
 
 
-CASES = [_case(o, d, False) for o in POINTERS for d in ("fp32", "bf16")]
-CASES += [_case(f"decode_boxes_{d}", "fp32", True) for d in ("forward", "backward")]
-CASES += [_case("decode_boxes_backward", "fp64", True), _case("encode_boxes_backward", "fp64", False)]
+CASES = [_case(o, d) for o in POINTERS for d in ("fp32", "fp16", "bf16")]
+CASES += [
+    _case(f"decode_boxes_{direction}", "fp32", clip=True, deltas=deltas)
+    for direction in ("forward", "backward")
+    for deltas in (None, "fp16")
+]
+CASES += [_case("decode_boxes_backward", "fp64", clip=True), _case("encode_boxes_backward", "fp64")]

@@ -1,53 +1,64 @@
 """Launch configurations of triton_kernels/nms.py."""
 
-from itertools import product
-
 from aot import Case
 
-from triton_kernels.nms import OPTIONS, SEGMENTED_OPTIONS
+from triton_kernels.nms import BLOCK, OPTIONS, SEGMENTED_OPTIONS, WORDS
 
-NAMES = {"*fp32": "float32", "*bf16": "bfloat16"}
+KINDS = [  # boxes, labels
+    ("fp32", None),
+    ("fp32", "i32"),
+    ("fp32", "i64"),
+    ("fp16", None),
+    ("fp16", "i32"),
+    ("bf16", "i64"),
+]
 
+
+def _name(kernel: str, boxes: str, labels: str | None) -> str:
+    return f"{kernel}-{boxes}{f'-{labels}-labels' if labels else ''}"
+
+
+# without labels the launchers hand over some other pointer
 CASES = [
     Case(
-        f"segmented-{NAMES[boxes]}{'-labels' if labelled else ''}",
+        _name("segmented", boxes, labels),
         "triton_kernels.nms:nms_segmented_kernel",
         {
-            "boxes_ptr": boxes,
-            "labels_ptr": "*i64",
+            "boxes_ptr": f"*{boxes}",
+            "labels_ptr": f"*{labels or 'i64'}",
             "order_ptr": "*i64",
             "counts_ptr": "*i32",
             "kept_boxes_ptr": "*fp32",
-            "kept_labels_ptr": "*i64",
+            "kept_labels_ptr": f"*{labels or 'i64'}",
             "indices_ptr": "*i64",
             "kept_counts_ptr": "*i32",
             "n": "i32",
             "max_output": "i32",
             "threshold": "fp32",
         },
-        {"LABELLED": labelled, "BLOCK": 64},
+        {"LABELLED": labels is not None, "BLOCK": BLOCK},
         options=SEGMENTED_OPTIONS,
     )
-    for boxes, labelled in product(NAMES, (False, True))
+    for boxes, labels in KINDS
 ]
 CASES += [
     Case(
-        f"mask-{NAMES[boxes]}{'-labels' if labelled else ''}",
+        _name("mask", boxes, labels),
         "triton_kernels.nms:nms_mask_kernel",
         {
-            "boxes_ptr": boxes,
-            "labels_ptr": "*i64",
+            "boxes_ptr": f"*{boxes}",
+            "labels_ptr": f"*{labels or 'i32'}",
             "counts_ptr": "*i32",
             "mask_ptr": "*i32",
             "n": "i32",
             "pitch": "i32",
             "threshold": "fp32",
         },
-        {"LABELLED": labelled, "BLOCK": 64},
+        {"LABELLED": labels is not None, "BLOCK": BLOCK},
         aligned=("pitch",),
         options=OPTIONS,
     )
-    for boxes, labelled in product(NAMES, (False, True))
+    for boxes, labels in KINDS
 ]
 CASES += [
     Case(
@@ -63,7 +74,7 @@ CASES += [
             "step": "i32",
             "steps": "i32",
         },
-        {"BLOCK": 64, "WORDS": 32},
+        {"BLOCK": BLOCK, "WORDS": WORDS},
         aligned=("pitch",),
         options=OPTIONS,
         loads={"cuda": ".v4.b32", "hip": "dwordx4"},
@@ -80,7 +91,7 @@ CASES += [
             "pitch": "i32",
             "steps": "i32",
         },
-        {"WORDS": 32},
+        {"WORDS": WORDS},
         aligned=("pitch",),
         options=OPTIONS,
         loads={"cuda": ".v4.b32", "hip": "dwordx4"},

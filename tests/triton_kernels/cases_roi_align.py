@@ -36,7 +36,7 @@ def case(name: str, dtype: str, *, channels=256, ratio=2, channels_last=True, ba
         "triton_kernels.roi_align:roi_align_kernel",
         types,
         constants,
-        options={"num_warps": chosen.num_warps, "enable_fp_fusion": False},
+        options=chosen.options,
         loads={"cuda": ".v4.b32", "hip": "load_dwordx2"} if wide and not backward else {},
         atomics={"cuda": "relaxed.add"} if backward else {},
     )
@@ -51,7 +51,9 @@ CASES += [
     case("forward-bf16-1024-channels", "bf16", channels=1024),
     case("forward-fp32-one-channel", "fp32", channels=1, channels_last=False),
     case("backward-fp32", "fp32", backward=True),
+    case("backward-fp16", "fp16", backward=True),
     case("backward-bf16", "bf16", backward=True),
+    case("backward-bf16-rois", "bf16", padded=False, backward=True),
     case("backward-bf16-adaptive", "bf16", ratio=0, backward=True),
     case("backward-fp32-contiguous", "fp32", channels_last=False, backward=True),
 ]

@@ -94,8 +94,22 @@ def test_five_levels():
     settings = OUTPUT, [0.25 / 2**k for k in range(5)], 1, False, 4.0, 2
     want = reference.multilevel_roi_align([m.double() for m in maps], boxes, None, *settings)
     assert_accurate(op._triton(maps, boxes, None, *settings), want, torch.float32)
-    with pytest.raises(ValueError, match="at most 5"):
-        op._triton([*maps, maps[-1]], boxes, None, OUTPUT, [0.25 / 2**k for k in range(6)], 1, False, 4.0, 2)
+
+
+def test_six_levels_do_without_the_kernel():
+    maps = [torch.randn(1, 4, 32 >> k, 32 >> k, device=DEVICE) for k in range(6)]
+    sides = torch.tensor([3.0, 9.0, 33.0, 128.0], device=DEVICE)
+    boxes = torch.stack([sides * 0, sides * 0, sides, sides], 1)[None]
+    settings = OUTPUT, [0.25 / 2**k for k in range(6)], 1, False, 4.0, 2
+    wide = [m.double().requires_grad_() for m in maps]
+    want = reference.multilevel_roi_align(wide, boxes, None, *settings)
+    got = op._triton(maps, boxes, None, *settings)
+    assert_accurate(got, want, torch.float32)
+    grad, shapes = torch.randn_like(got), [size for m in maps for size in m.shape]
+    grads = op._triton_backward(grad, boxes, None, shapes, False, *settings)
+    for g, w in zip(grads, torch.autograd.grad(want, wide, grad.double()), strict=True):
+        assert_accurate(g, w, torch.float32)
+    assert grads[5].any()
 
 
 def test_no_boxes():
@@ -126,6 +140,26 @@ def test_each_thread_moves_sixteen_bytes():
             chosen = kernels.config(channels, itemsize)
             assert chosen.block <= 256
             assert chosen.num_warps == 1 or chosen.block * itemsize == chosen.num_warps * 512
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ratio", [2, 0])
+def test_no_host_synchronisation(ratio):
+    features, boxes, valid = inputs(torch.float32, torch.channels_last)
+    features = [f.requires_grad_() for f in features]
+
+    def step():
+        out = op.multilevel_roi_align(features, boxes, OUTPUT, SCALES, ratio, True, *CANONICAL, valid=valid)
+        return torch.autograd.grad(out.square().sum(), features)
+
+    want = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
 
 
 @pytest.mark.gpu

@@ -1,9 +1,11 @@
 """Weights: recognised, reported, and refused when they could run code or do not fit."""
 
 import pickle
+import warnings
 
 import pytest
 import torch
+from torchvision.models import resnet18, resnet50
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 import fastrcnn
@@ -27,6 +29,7 @@ def build(repository, *overrides):
 def test_every_torchvision_tensor_finds_its_place(repository, torchvision_state):
     own = {name: tuple(value.shape) for name, value in build(repository).state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in convert(torchvision_state).items()}
+    theirs = {name: shape for name, shape in theirs.items() if not name.endswith("num_batches_tracked")}
     assert theirs == own
 
 
@@ -96,6 +99,45 @@ def test_hostile_and_broken_files_are_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "owned.txt").exists()
     with pytest.raises(FileNotFoundError, match=r"absent\.pth"):
         read_state(tmp_path / "absent.pth")
+
+
+def test_classifiers_become_bodies(repository):
+    state = resnet18(weights=None).state_dict()
+    path = repository / "configs" / "quick_start.yaml"
+    wide = "MODEL.DEVICE cpu MODEL.RESNETS.WIDTH_PER_GROUP 64 MODEL.RESNETS.STEM_OUT_CHANNELS 64".split()
+    model = fastrcnn.build_model(fastrcnn.load_config(path, wide))
+    report = load(model, state)
+    assert report.family == "torchvision ResNet"
+    assert not report.unexpected
+    assert not [name for name in report.missing if name.startswith("backbone.body")]
+    assert torch.equal(model.backbone.body.layer3[1].conv2.weight, state["layer3.1.conv2.weight"])
+
+
+def test_strides_of_classifiers_are_told(repository):
+    path = repository / "configs" / "e2e_faster_rcnn_R_50_FPN_1x.yaml"
+    with torch.device("meta"):
+        state = resnet50(weights=None).state_dict()
+        other = ["MODEL.RESNETS.STRIDE_IN_1X1", "False"]
+        models = [fastrcnn.build_model(fastrcnn.load_config(path, overrides)) for overrides in ([], other)]
+    with pytest.warns(UserWarning, match="STRIDE_IN_1X1 False"):
+        load(models[0], state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(models[1], state)
+
+
+def test_other_conventions_are_told(repository, torchvision_state):
+    model = build(repository, "MODEL.CONVENTIONS", "modern")
+    with pytest.warns(UserWarning, match="trained with the conventions 'torchvision', the model has 'modern'"):
+        load(model, torchvision_state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(build(repository), torchvision_state)
+
+
+def test_addresses_are_refused(repository):
+    with pytest.raises(WeightError, match=r"catalog://ImageNetPretrained/MSRA/R-50: addresses"):
+        read_state("catalog://ImageNetPretrained/MSRA/R-50")
 
 
 def test_nothing_in_common_is_an_error():

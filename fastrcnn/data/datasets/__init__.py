@@ -1,8 +1,16 @@
 """Datasets, one file for each layout."""
 
-from fastrcnn.data.datasets.abstract import AbstractDataset, DataError
+from fastrcnn.data.datasets.abstract import AbstractDataset, DataError, SampleError, read_image
 from fastrcnn.data.datasets.coco import COCODataset
 from fastrcnn.data.datasets.concat import ConcatDataset
 from fastrcnn.data.datasets.voc import PascalVOCDataset
 
-__all__ = ["AbstractDataset", "COCODataset", "ConcatDataset", "DataError", "PascalVOCDataset"]
+__all__ = [
+    "AbstractDataset",
+    "COCODataset",
+    "ConcatDataset",
+    "DataError",
+    "PascalVOCDataset",
+    "SampleError",
+    "read_image",
+]

@@ -4,29 +4,45 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
 
 logger = logging.getLogger(__name__)
+# what reading a broken image file raises: Pillow has a SyntaxError for PNGs
+IMAGE_ERRORS = (OSError, EOFError, SyntaxError, Image.DecompressionBombError)
 
 
 class DataError(ValueError):
     """A dataset that cannot be used: the message names the file, the image and what is wrong."""
 
 
-def read_image(path: Path, image_id: Any, size: tuple[int, int]) -> Image.Image:
-    """The decoded RGB image, which must have size (width, height); DataError otherwise."""
+class SampleError(DataError):
+    """A bad item: of several processes only the one that reads it meets this error."""
+
+
+@contextmanager
+def _opened(path: str | Path, image_id: Any, absent: str) -> Iterator[Image.Image]:
+    what = f"image file {path}" + ("" if image_id is None else f" (image id {image_id})")
     try:
         with Image.open(path) as file:
-            image = file.convert("RGB")
+            yield file
     except FileNotFoundError:
-        raise DataError(f"image file {path} (image id {image_id}) does not exist") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises SyntaxError on broken PNGs
-        raise DataError(f"image file {path} (image id {image_id}) cannot be read: {error}") from None
-    if image.size != size:
+        raise DataError(f"{what} {absent}") from None
+    except (*IMAGE_ERRORS, ValueError) as error:  # a ValueError is Pillow's for too much text in a PNG
+        raise DataError(f"{what} cannot be read: {error}") from None
+
+
+def read_image(path: str | Path, image_id: Any = None, size: tuple[int, int] | None = None) -> Image.Image:
+    """The decoded RGB image. DataError, which names the file and the image id, if it is missing or broken, or has
+    another size (width, height) than its annotations say."""
+    with _opened(path, image_id, "does not exist") as file:
+        image = file.convert("RGB")
+    if size is not None and image.size != tuple(size):
         raise DataError(
             f"image file {path} (image id {image_id}) is {image.width}x{image.height}; "
             f"its annotations are for {size[0]}x{size[1]}"
@@ -34,17 +50,10 @@ def read_image(path: Path, image_id: Any, size: tuple[int, int]) -> Image.Image:
     return image
 
 
-def read_image_size(path: Path, image_id: Any) -> tuple[int, int]:
-    """(width, height) from the header of an image file."""
-    try:
-        with Image.open(path) as file:
-            return file.size
-    except FileNotFoundError:
-        raise DataError(
-            f"image file {path} (image id {image_id}) does not exist, and the annotations do not give its size"
-        ) from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"image file {path} (image id {image_id}) cannot be read: {error}") from None
+def read_image_size(path: str | Path, image_id: Any) -> tuple[int, int]:
+    """(width, height) from the header of an image file; DataError as of `read_image`."""
+    with _opened(path, image_id, "does not exist, and the annotations do not give its size") as file:
+        return file.size
 
 
 class BadAnnotations:
@@ -69,6 +78,9 @@ class AbstractDataset(Dataset):
 
     `__getitem__(i)` returns (image, BoxList, i), after `self.transforms(image, boxlist)`; the BoxList has the field
     labels, int64, 1..K; `get_img_info(i)` returns {"height": …, "width": …} without decoding the image.
+
+    The loader leaves out boxes with NaN, without area or outside the image, with a warning. It makes a DataError, with
+    the dataset's name and the item, of an OSError of yours and of an answer of another form.
     """
 
     CLASSES: ClassVar[tuple[str, ...]] = ("__background__",)

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,9 @@ class COCODataset(Dataset):
 
     json_category_ids: labels are the category ids of the file, as torchvision's models have them, gaps included.
 
-    Annotations that cannot be used are left out, with one warning that counts them. DataError: a missing or broken
-    annotation file or image.
+    Annotations that cannot be used are left out, with one warning that counts them; of one whose keypoints alone cannot
+    be used, those. An image size that is missing or no number is measured. DataError: a missing or broken annotation
+    file or image.
     """
 
     def __init__(
@@ -60,6 +61,8 @@ class COCODataset(Dataset):
 
         categories = sorted(content["categories"], key=lambda category: category["id"])
         labels = [c["id"] for c in categories] if json_category_ids else range(1, len(categories) + 1)
+        if not all(isinstance(label, int) for label in labels):
+            raise DataError(f"annotation file {self.ann_file}: category ids are {labels}; labels are whole numbers")
         self.categories: dict[int, str] = {k: str(c["name"]) for k, c in zip(labels, categories, strict=True)}
         self.contiguous_category_id_to_json_id = {k: c["id"] for k, c in zip(labels, categories, strict=True)}
         self.json_category_id_to_contiguous_id = {v: k for k, v in self.contiguous_category_id_to_json_id.items()}
@@ -98,24 +101,50 @@ class COCODataset(Dataset):
                     raise DataError(f"annotation file {self.ann_file}: {name}[{number}] needs {' and '.join(keys)}")
         for name in ("images", "categories"):
             ids = [entry["id"] for entry in content[name]]
+            kinds = {str if isinstance(i, str) else float if _finite([i]) else None for i in ids}
+            if None in kinds or len(kinds) > 1:
+                odd = next((i for i in ids if not (isinstance(i, str) or _finite([i]))), ids[-1])
+                raise DataError(
+                    f"annotation file {self.ann_file}: {name} has the id {odd!r}; want all numbers or all text"
+                )
             if len(set(ids)) < len(ids):
                 twice = next(i for i in ids if ids.count(i) > 1)
                 raise DataError(f"annotation file {self.ann_file}: {name} has the id {twice!r} twice")
         for image in content["images"]:
-            if not (image.get("width") and image.get("height")):
-                image["width"], image["height"] = read_image_size(self.root / image["file_name"], image["id"])
+            if not isinstance(image["file_name"], str):
+                raise DataError(
+                    f"annotation file {self.ann_file}: image id {image['id']} has the file_name {image['file_name']!r}"
+                )
+            size = [image.get("width"), image.get("height")]
+            if not (_finite(size) and all(1 <= side < 2**31 and side == int(side) for side in size)):
+                size = read_image_size(self.root / image["file_name"], image["id"])
+            image["width"], image["height"] = map(int, size)
+        for category in content["categories"]:
+            if not (isinstance(category.get("keypoints"), list) and category["keypoints"]):
+                category.pop("keypoints", None)
         sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
         known = {category["id"] for category in content["categories"]}
+        points = 3 * len(_keypoint_names(content["categories"], content["annotations"]))
         bad = BadAnnotations()
         usable = []
         for number, annotation in enumerate(content["annotations"], 1):
+            where = f"annotation id {annotation.get('id')}, image id {annotation.get('image_id')}"
             reason = _fault(annotation, sizes, known)
             if reason:
-                bad.add(reason, f"annotation id {annotation.get('id')}, image id {annotation.get('image_id')}")
+                bad.add(reason, where)
                 continue
-            annotation.setdefault("id", number)
-            annotation.setdefault("iscrowd", 0)
-            annotation.setdefault("area", _area(annotation))
+            keypoints = annotation.get("keypoints", [0] * points)
+            if not (_is_list(keypoints, points) and _finite(keypoints)):
+                if keypoints is not None and keypoints != []:
+                    bad.add("keypoints of the wrong number or with NaN (only these skipped)", where)
+                annotation |= {"keypoints": [0] * points, "num_keypoints": 0}
+            if not isinstance(annotation.get("id"), int | str):
+                annotation["id"] = number
+            annotation["iscrowd"] = int(annotation.get("iscrowd") or 0)
+            if not annotation.get("segmentation") and annotation.get("segmentation") != []:
+                annotation.pop("segmentation", None)  # null and the like are no outline, [] is an empty one
+            if not _finite([annotation.get("area")]):
+                annotation["area"] = _area(annotation)
             usable.append(annotation)
         content["annotations"] = usable
         return content, bad
@@ -174,7 +203,7 @@ class COCODataset(Dataset):
         names = self._keypoint_names
         values = torch.zeros(len(keypoints), len(names), 3)
         for row, flat in zip(values, keypoints, strict=True):
-            if flat is not None and len(flat) == row.numel():
+            if flat is not None:
                 row.copy_(torch.tensor(flat, dtype=torch.float32).reshape(row.shape))
         values[..., :2] += 0.5
         values = torch.where(values[..., 2:] > 0, values, 0)
@@ -193,12 +222,14 @@ class COCODataset(Dataset):
 
 def _fault(annotation: Any, sizes: dict[Any, tuple[int, int]], categories: set[Any]) -> str | None:
     """Why an annotation cannot be used, or None."""
-    if annotation.get("image_id") not in sizes:
+    if not _is_in(annotation.get("image_id"), sizes):
         return "an unknown image id"
-    if annotation.get("category_id") not in categories:
+    if not _is_in(annotation.get("category_id"), categories):
         return "a category id outside the list"
+    if annotation.get("iscrowd") not in (None, 0, 1):
+        return "an iscrowd that is neither 0 nor 1"
     box = annotation.get("bbox")
-    if not isinstance(box, list) or len(box) != 4:
+    if not _is_list(box, 4):
         return "no box [x, y, width, height]"
     if not _finite(box):
         return "NaN or infinity in the box"
@@ -214,23 +245,62 @@ def _fault(annotation: Any, sizes: dict[Any, tuple[int, int]], categories: set[A
 def _mask_fault(segmentation: Any, width: int, height: int) -> str | None:
     if isinstance(segmentation, dict):
         counts, size = segmentation.get("counts"), segmentation.get("size")
-        if size != [height, width]:
+        if size != [height, width] or not all(isinstance(side, int) for side in size):
             return "an RLE of another size than the image"
-        if isinstance(counts, list) and sum(counts) != width * height:
+        try:
+            runs = _runs(counts) if isinstance(counts, str) else np.asarray(counts)
+        except ValueError:  # lists of different lengths in a list
             return "a broken RLE"
-        return None if isinstance(counts, str | list) else "a broken RLE"
+        good = runs.ndim == 1 and runs.dtype.kind in "iuf" and (runs >= 0).all() and (runs <= width * height).all()
+        return None if good and runs.sum() == width * height and (runs % 1 == 0).all() else "a broken RLE"
+    if segmentation and not isinstance(segmentation, list):
+        return "a segmentation that is neither polygons nor an RLE"
+    far = 10 * (width + height)  # drawing a polygon takes memory by the length of its edges
     for part in segmentation or ():
         if not isinstance(part, list) or len(part) % 2:
             return "a broken polygon"
         if not _finite(part):
             return "NaN or infinity in a polygon"
+        if part and max(max(part), -min(part)) > far:
+            return "a polygon far outside the image"
     return None
 
 
+def _runs(text: str) -> np.ndarray:
+    """int64 [N], the run lengths of a compressed RLE; [] if it is broken, for which pycocotools reads past its end.
+
+    Six bits a character, +48, the low five those of the number, the sixth set where it goes on; from the fourth number
+    on the difference to the last but one.
+    """
+    nothing = np.zeros(0, dtype=np.int64)
+    codes = np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.int64) - 48
+    if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+        return nothing
+    last = np.flatnonzero(codes < 32)
+    first = np.concatenate(([0], last[:-1] + 1))
+    length = last - first + 1
+    if length.max() > 6:  # 30 bits
+        return nothing
+    place = np.arange(len(codes)) - np.repeat(first, length)
+    values = np.add.reduceat((codes & 31) << (5 * place), first)
+    values -= np.where(codes[last] & 16, 1 << (5 * length), 0)  # the sign
+    values[1::2], values[2::2] = values[1::2].cumsum(), values[2::2].cumsum()
+    return values
+
+
+def _is_in(value: Any, known: Container[Any]) -> bool:
+    return isinstance(value, str | int | float) and value in known  # anything else might have no hash
+
+
+def _is_list(value: Any, length: int) -> bool:
+    return isinstance(value, list) and len(value) == length
+
+
 def _finite(values: list[Any]) -> bool:
+    """Whether all are numbers, neither NaN nor infinite."""
     try:
         return math.isfinite(sum(values))  # one NaN or infinity spoils the sum
-    except TypeError:
+    except (TypeError, OverflowError):
         return False
 
 
@@ -254,8 +324,8 @@ def _area(annotation: dict[str, Any]) -> float:
 def _keypoint_names(categories: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> tuple[str, ...]:
     for category in categories:
         if category.get("keypoints"):
-            return tuple(category["keypoints"])
-    return PersonKeypoints.NAMES if any("keypoints" in annotation for annotation in annotations) else ()
+            return tuple(map(str, category["keypoints"]))
+    return PersonKeypoints.NAMES if any(annotation.get("keypoints") for annotation in annotations) else ()
 
 
 def _worth_training(annotations: list[dict[str, Any]], only_keypoints: bool) -> bool:

@@ -11,7 +11,7 @@ from fastrcnn.data.datasets.abstract import DataError
 
 
 class ConcatDataset(TorchConcatDataset):
-    """Datasets one after another; those that name their categories must agree on them."""
+    """Datasets one after another; those that name their categories must agree on them, else a DataError."""
 
     def __init__(self, datasets: list[Any]) -> None:
         super().__init__(datasets)

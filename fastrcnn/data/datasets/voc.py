@@ -37,8 +37,8 @@ class PascalVOCDataset(Dataset):
     `classes`, VOC's 20 by default) and difficult (bool); with use_difficult=False those objects are left out. VOC's
     boxes count pixels from 1 and include the last one: (x1, y1, x2, y2) is read as (x1 − 1, y1 − 1, x2, y2).
 
-    Objects that cannot be used are left out, with one warning that counts them. DataError: a missing or broken file, a
-    class that is not in `classes`.
+    Objects that cannot be used, and those of classes that `classes` does not name, are left out, with one warning that
+    counts them. DataError: a missing or broken file; without `classes`, a class that is not one of VOC's.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class PascalVOCDataset(Dataset):
         self.keep_difficult = use_difficult
         self.transforms = transforms
         self.classes = VOC_CLASSES if classes is None else tuple(classes)
+        self._only_some = classes is not None
         self.categories: dict[int, str] = dict(enumerate(self.classes, 1))
         self._labels = {name: label for label, name in self.categories.items()}
         split_file = self.root / "ImageSets" / "Main" / f"{split}.txt"
@@ -76,11 +77,14 @@ class PascalVOCDataset(Dataset):
         except (OSError, ElementTree.ParseError) as error:
             raise DataError(f"annotation file {path} (image id {image_id}) cannot be read: {error}") from None
         width, height = (_number(tree.findtext(f"size/{side}")) for side in ("width", "height"))
-        if not (width > 0 and height > 0):  # also when NaN
+        if not (0 < width < math.inf and 0 < height < math.inf):  # also when NaN
             width, height = read_image_size(self._image_path(image_id), image_id)
         rows = []
         for number, entry in enumerate(tree.findall("object"), 1):
             name = (entry.findtext("name") or "").strip()
+            if name not in self._labels and self._only_some:
+                bad.add(f"class {name!r}, which `classes` does not name", f"object {number} of {path.name}")
+                continue
             if name not in self._labels:
                 raise DataError(
                     f"{path}: class {name!r} is not one of {', '.join(self.classes)}; "

@@ -1,7 +1,7 @@
 """ResNet and ResNeXt bodies, with the names of maskrcnn-benchmark's state dict."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -90,13 +90,12 @@ class Bottleneck(_Block):
         *,
         groups: int,
         stride_in_1x1: bool,
-        dilation: int,
     ):
         super().__init__(in_channels, out_channels, stride, norm)
         first, second = (stride, 1) if stride_in_1x1 else (1, stride)
         self.conv1 = conv(in_channels, width, 1, stride=first, bias=False)
         self.bn1 = norm(width)
-        self.conv2 = conv(width, width, 3, stride=second, dilation=dilation, groups=groups, bias=False)
+        self.conv2 = conv(width, width, 3, stride=second, groups=groups, bias=False)
         self.bn2 = norm(width)
         self.conv3 = conv(width, out_channels, 1, bias=False)
         self.bn3 = norm(out_channels)
@@ -120,6 +119,8 @@ class ResNet(nn.Module):
         if any(spec.STAGE_WITH_DCN):
             raise ConfigError("MODEL.RESNETS.STAGE_WITH_DCN: deformable convolution is not available")
         kind, counts = DEPTHS[depth]
+        if kind == "Basic" and spec.NUM_GROUPS != 1:
+            raise ConfigError(f"MODEL.RESNETS.NUM_GROUPS is {spec.NUM_GROUPS}; the blocks of R-{depth} have no groups")
         norm = _norm(cfg, "TRANS_FUNC")
         self.stem = Stem(spec.STEM_OUT_CHANNELS, _norm(cfg, "STEM_FUNC"))
         self.channels: list[int] = []
@@ -127,10 +128,9 @@ class ResNet(nn.Module):
         for stage, count in enumerate(counts):
             width = spec.NUM_GROUPS * spec.WIDTH_PER_GROUP * 2**stage
             out_channels = width if kind == "Basic" else spec.RES2_OUT_CHANNELS * 2**stage
-            dilation = spec.RES5_DILATION if stage == 3 else 1
             blocks = []
             for index in range(count):
-                stride = 2 if stage > 0 and index == 0 and dilation == 1 else 1
+                stride = 2 if stage > 0 and index == 0 else 1
                 blocks.append(
                     (Basic if kind == "Basic" else Bottleneck)(
                         in_channels,
@@ -140,7 +140,6 @@ class ResNet(nn.Module):
                         norm,
                         groups=spec.NUM_GROUPS,
                         stride_in_1x1=spec.STRIDE_IN_1X1,
-                        dilation=dilation,
                     )
                 )
                 in_channels = out_channels
@@ -150,9 +149,19 @@ class ResNet(nn.Module):
 
     def _freeze(self, at: int) -> None:
         """at = k freezes the stem and the stages before layer k; 0 or less freezes nothing."""
-        for index in range(at):
-            part = self.stem if index == 0 else getattr(self, f"layer{index}")
+        if at > 5:
+            raise ConfigError(f"MODEL.BACKBONE.FREEZE_CONV_BODY_AT is {at}; a ResNet has 5 parts")
+        parts = [self.stem, self.layer1, self.layer2, self.layer3, self.layer4]
+        self._frozen = parts[: max(at, 0)]
+        for part in self._frozen:
             part.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Frozen parts stay in evaluation mode, so that the statistics of batch norm do not move either."""
+        super().train(mode)
+        for part in self._frozen:
+            part.eval()
+        return self
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = self.stem(x)

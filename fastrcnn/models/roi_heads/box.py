@@ -25,8 +25,9 @@ class FPN2MLPFeatureExtractor(nn.Module):
         self.fc7 = self._layer(cfg, self.out_channels)
 
     def _layer(self, cfg: Any, fan_in: int) -> nn.Module:
-        layer = linear(fan_in, self.out_channels)
-        return nn.Sequential(layer, group_norm(self.out_channels, cfg)) if cfg.MODEL.ROI_BOX_HEAD.USE_GN else layer
+        use_gn = cfg.MODEL.ROI_BOX_HEAD.USE_GN
+        layer = linear(fan_in, self.out_channels, bias=not use_gn)
+        return nn.Sequential(layer, group_norm(self.out_channels, cfg)) if use_gn else layer
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu_(self.fc7(F.relu_(self.fc6(x.flatten(1)))))

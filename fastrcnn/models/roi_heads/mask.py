@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrcnn import ops
-from fastrcnn.config import Conventions, conventions_of
+from fastrcnn.config import ConfigError, Conventions, conventions_of
 from fastrcnn.models.layers import conv, conv_stack, widen
 from fastrcnn.models.roi_heads.box import choose
 from fastrcnn.models.roi_heads.sampling import Pooler
@@ -36,6 +36,8 @@ class MaskRCNNFPNFeatureExtractor(nn.Module):
 class _MaskPredictor(nn.Module):
     """The 1×1 convolution to one logit per class; only the channel of the class asked for is ever computed."""
 
+    scale = 1  # of the mask's side to the side of the features
+
     def __init__(self, cfg: Any, in_channels: int):
         super().__init__()
         self.mask_fcn_logits = conv(in_channels, cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES, 1, init="msra")
@@ -57,6 +59,8 @@ class MaskRCNNConv1x1Predictor(_MaskPredictor):
 
 class MaskRCNNC4Predictor(_MaskPredictor):
     """After a 2×2 transposed convolution that doubles the resolution."""
+
+    scale = 2
 
     def __init__(self, cfg: Any, in_channels: int):
         channels = cfg.MODEL.ROI_MASK_HEAD.CONV_LAYERS[-1]
@@ -105,6 +109,9 @@ class MaskHead(nn.Module):
         predictor = choose(PREDICTORS, spec.PREDICTOR, "MODEL.ROI_MASK_HEAD.PREDICTOR")
         self.feature_extractor = extractor(cfg, in_channels)
         self.predictor = predictor(cfg, self.feature_extractor.out_channels)
+        side = spec.POOLER_RESOLUTION * self.predictor.scale
+        if side != spec.RESOLUTION:
+            raise ConfigError(f"MODEL.ROI_MASK_HEAD.RESOLUTION is {spec.RESOLUTION}; {spec.PREDICTOR} gives {side}")
 
     def logits(self, features: list[Tensor], boxes: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         """boxes [B, R, 4], labels and valid [B, R] -> logits [B, R, M, M]."""

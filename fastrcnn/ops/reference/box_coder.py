@@ -1,7 +1,11 @@
 """Definition of the box coder: offsets between boxes and anchors, and back, with their gradients."""
 
+import math
+
 import torch
 from torch import Tensor
+
+MAX_LOG = math.log(1000.0 / 16)  # the largest growth of a side: a box of 16 px becomes one of 1000
 
 
 def encode_boxes(boxes: Tensor, anchors: Tensor, weights: list[float]) -> Tensor:

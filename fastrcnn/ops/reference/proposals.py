@@ -1,16 +1,13 @@
 """Proposals of a region proposal network by definition: decode every anchor, then select, image by image."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastrcnn.ops.reference.anchors import grid_anchors
-from fastrcnn.ops.reference.box_coder import decode_boxes
+from fastrcnn.ops.reference.box_coder import MAX_LOG, decode_boxes
 from fastrcnn.ops.reference.nms import nms_padded
-
-MAX_LOG = math.log(1000.0 / 16)
 
 
 def select_proposals(
