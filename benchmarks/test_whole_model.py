@@ -1,4 +1,4 @@
-"""Latency of whole detectors, ours beside torchvision's: same weights, same photo, same process.
+"""Latency of whole detectors, ours beside torchvision's: same weights, same image, same process.
 
 The detections are compared first: no time is reported of a model that finds something else.
 """
@@ -28,9 +28,12 @@ def spread(model, layer, deviation: float, image: torch.Tensor) -> None:
     layer.bias.mul_(factor)
 
 
-@pytest.fixture(scope="module")
-def pair():
-    """torchvision's Mask R-CNN R-50-FPN with random weights that fill all 100 detections, and ours with the same."""
+@pytest.fixture(scope="module", params=[100, 5], ids=["100 objects", "5 objects"])
+def pair(request):
+    """torchvision's Mask R-CNN R-50-FPN with random weights that find so many objects, and ours with the same.
+
+    Ours works on all of its 100 slots whatever is found, torchvision's on what it found.
+    """
     torch.manual_seed(0)
     image = torch.nn.functional.interpolate(torch.rand(1, 3, 25, 34), size=(HEIGHT, WIDTH), mode="bicubic").clamp(0, 1)
     theirs = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
@@ -43,7 +46,12 @@ def pair():
     heads = theirs.roi_heads.box_predictor
     for layer, deviation in ((theirs.rpn.head.cls_logits, 1.0), (heads.cls_score, 3.0), (heads.bbox_pred, 1.0)):
         spread(theirs, layer, deviation, image[0])
-    cfg = fastrcnn.load_config(CONFIG, ["MODEL.DEVICE", DEVICE, "MODEL.RESNETS.FROZEN_BN_EPS", "1e-5"])
+    with torch.inference_mode():
+        best = theirs([image[0]])[0]["scores"]
+    threshold = 0.05 if request.param == 100 else (best[request.param - 1] + best[request.param]).item() / 2
+    theirs.roi_heads.score_thresh = threshold
+    overrides = ["MODEL.DEVICE", DEVICE, "MODEL.RESNETS.FROZEN_BN_EPS", "1e-5"]
+    cfg = fastrcnn.load_config(CONFIG, [*overrides, "MODEL.ROI_HEADS.SCORE_THRESH", str(threshold)])
     ours = fastrcnn.build_model(cfg).eval()
     fastrcnn.weights.load(ours, theirs.state_dict())
     pixels = (image[0] * 255).round().byte()
@@ -53,8 +61,9 @@ def pair():
     with torch.inference_mode():
         want = theirs_without_pasting(theirs, prepared)[0]
         got = ours(batch).to_boxlists()[0]
-    assert len(got) == len(want["scores"]) == cfg.MODEL.ROI_HEADS.DETECTIONS_PER_IMG
-    torch.testing.assert_close(got.get_field("scores"), want["scores"].cpu(), rtol=0, atol=1e-3)
+    assert len(got) == len(want["scores"]) == request.param
+    same = (got.get_field("scores") - want["scores"].cpu()).abs() < 1e-3
+    assert same.float().mean() >= 0.98  # rounding decides which of two overlapping boxes with equal scores stays
     return ours, batch, theirs, prepared
 
 

@@ -37,6 +37,10 @@ if distributed.world_size() > 1:
             distributed.from_main(lambda: int("x"))
         except ValueError as error:
             report["error"] = str(error)
+        norm = torch.nn.BatchNorm1d(2)
+        norm.running_mean.fill_(7 + rank)
+        distributed.broadcast_buffers(norm)
+        report["statistics"] = norm.running_mean.tolist()
         with distributed.main_first():
             report["first"] = (folder / "made").exists()
             (folder / "made").touch()
@@ -93,6 +97,7 @@ def test_objects_travel_in_the_order_of_the_ranks(both):
     assert first["error"] == second["error"] == "invalid literal for int() with base 10: 'x'"
     assert (first["first"], second["first"]) == (False, True)
     for report in (first, second):
+        assert report["statistics"] == [7, 7]  # of rank 0, which writes the checkpoints
         assert report["mean"][0] == 0.5
         assert report["mean"][1] != report["mean"][1]
 

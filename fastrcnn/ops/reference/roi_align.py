@@ -156,6 +156,8 @@ def same_grid(regions: Regions, rows: Tensor, sampling_ratio: int) -> Iterator[t
 
 def gather(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """Weighted sums of rows: table [P, C], index and weight [M, T] -> [M, C]."""
+    if table.shape[1] == 0:  # embedding_bag fails on it with more than one thread
+        return table[:1].expand(index.shape[0], 0)
     return embedding_bag(index, table, mode="sum", per_sample_weights=weight)
 
 
@@ -164,6 +166,8 @@ def scatter(grad: Tensor, source: Tensor, index: Tensor, weight: Tensor, rows: i
 
     Each row sums its taps in a fixed order: the result is repeatable.
     """
+    if grad.shape[1] == 0:
+        return grad.new_zeros((rows, 0))
     hit, order = index.sort(stable=True)
     first = torch.searchsorted(hit, torch.arange(rows, device=grad.device))
     return embedding_bag(source[order], grad, first, mode="sum", per_sample_weights=weight[order])
