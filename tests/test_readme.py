@@ -74,6 +74,18 @@ def test_quick_start_leaves_what_the_readme_says(workplace):
     assert {"model_final.pth", "config.yml", "metrics.jsonl", "loss_curves.png", "val_detections.png"} <= names
 
 
+def test_latencies_are_those_of_the_committed_result(repository):
+    text = (repository / "README.md").read_text()
+    name = re.search(r"benchmarks/results/[\w-]+\.json", text)[0]
+    medians = {}
+    for entry in json.loads((repository / name).read_text())["benchmarks"]:
+        medians.setdefault(entry["params"]["pair"], {})[entry["params"]["provider"]] = entry["stats"]["median"]
+    assert set(medians) == {100, 5}
+    for objects, found in medians.items():
+        ours, theirs = found["fastrcnn"], found["torchvision"]
+        assert f"| {objects} | {ours:.2f} s | {theirs:.2f} s | {ours / theirs:.2f} |" in text
+
+
 @pytest.mark.parametrize("index", [0, 1, 3], ids=["predictor", "torchvision", "operators"])
 def test_python_snippets(index, workplace, repository):
     run([sys.executable, "-c", snippets(repository, "python")[index]], workplace)

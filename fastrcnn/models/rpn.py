@@ -58,6 +58,7 @@ class RPN(nn.Module):
     def forward(
         self, images: ImageBatch, features: list[Tensor], targets: TargetBatch | None = None
     ) -> tuple[ProposalBatch, dict[str, Tensor]]:
+        """features L × [B, C, h, w] -> proposals without gradient, and losses (none without targets)."""
         if len(features) != len(self.cells):
             raise ConfigError(f"MODEL.RPN.ANCHOR_STRIDE has {len(self.cells)} levels, the backbone {len(features)}")
         logits, deltas = self.head(features)

@@ -66,7 +66,7 @@ class ImageBatch(_Batch):
         """Resize, normalise and pad uint8 RGB images [3, h, w] as `cfg.INPUT` says for testing.
 
         INPUT.ANTIALIAS False is torchvision's way: normalise, then interpolate without antialiasing, both sides
-        truncated (`torchvision.models.detection.transform.GeneralizedRCNNTransform`).
+        truncated (`torchvision.models.detection.transform.GeneralizedRCNNTransform`). ValueError for other images.
         """
         _check_images(images)
         low, high = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST

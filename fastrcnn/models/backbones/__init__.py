@@ -20,10 +20,12 @@ class Backbone(nn.Module):
         self.fpn = FPN(cfg, self.body.channels, self.out_channels)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
+        """[B, 3, H, W] -> 5 × [B, out_channels, h, w], strides 4, 8, 16, 32, 64."""
         return self.fpn(self.body(pixels))
 
 
 def build_backbone(cfg: Any) -> Backbone:
+    """The backbone that MODEL.BACKBONE.CONV_BODY names; ConfigError, with the names there are, for another."""
     name = cfg.MODEL.BACKBONE.CONV_BODY
     match = re.fullmatch(r"R-(\d+)-FPN", name)
     if match is None or int(match[1]) not in DEPTHS:

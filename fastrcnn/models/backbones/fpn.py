@@ -29,6 +29,7 @@ class FPN(nn.Module):
             self.add_module(f"fpn_layer{level}", _lateral(cfg, out_channels, out_channels, 3))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """L × [B, C_l, h, w] of any sizes -> L + 1 × [B, out_channels, h, w]."""
         top_down = None
         outputs: list[Tensor] = []
         for level in range(self.levels, 0, -1):

@@ -27,6 +27,7 @@ class ROIHeads(nn.Module):
             self.mask = MaskHead(cfg, in_channels)
 
     def losses(self, features: list[Tensor], proposals: ProposalBatch, targets: TargetBatch) -> dict[str, Tensor]:
+        """features L × [B, C, h, w] -> loss_classifier, loss_box_reg and, with a mask head, loss_mask."""
         samples = sample_regions(proposals, targets, self.spec)
         losses = self.box.losses(features, samples, targets.boxes)
         if self.mask is not None:
@@ -34,6 +35,7 @@ class ROIHeads(nn.Module):
         return losses
 
     def detect(self, features: list[Tensor], images: ImageBatch, proposals: ProposalBatch) -> DetectionBatch:
+        """features L × [B, C, h, w] -> up to DETECTIONS_PER_IMG detections an image, with masks of their class."""
         detections = self.box.detect(features, images, proposals)
         if self.mask is not None:
             detections.masks = self.mask.detect(features, detections)

@@ -119,6 +119,7 @@ class MaskHead(nn.Module):
         return self.predictor(x, labels.flatten()).unflatten(0, labels.shape)
 
     def losses(self, features: list[Tensor], samples: SampleBatch, targets: TargetBatch) -> dict[str, Tensor]:
+        """Binary cross-entropy of the positives' masks, mean over pixels and positives -> a scalar."""
         # positives come first in the samples, so a fixed slice holds them all
         chosen = slice(samples.num_positive)
         boxes, labels, matched = samples.boxes[:, chosen], samples.labels[:, chosen], samples.matched[:, chosen]
