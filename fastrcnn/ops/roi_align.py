@@ -227,7 +227,7 @@ def multilevel_roi_align(
     """Pool each box from the feature level that suits its size (Lin et al., Feature Pyramid Networks, equation 1).
 
     features: L × [B, C, Hl, Wl], finest first. boxes: [B, R, 4] xyxy in image pixels, or [K, 5] with the image's index
-    first. scales: feature pixels per image pixel of each level, falling. output_size: bins, (height, width).
+    first. scales: feature pixels per image pixel of each level, not rising. output_size: bins, (height, width).
     sampling_ratio: samples per bin and axis; 0 or less takes one per pixel. aligned: as in `roi_align`. A box with
     √area = canonical_size belongs to level canonical_level, where a level is −log2(scale). valid: bool [B, R] or [K].
 
@@ -241,8 +241,8 @@ def multilevel_roi_align(
     """
     if not features or len(features) != len(scales):
         raise ValueError(f"features and scales must be equally many, at least one: got {len(features)}, {len(scales)}")
-    if min(scales) <= 0 or any(scales[i + 1] >= scales[i] for i in range(len(scales) - 1)):
-        raise ValueError(f"scales must be positive and fall from level to level: got {list(scales)}")
+    if min(scales) <= 0 or any(scales[i + 1] > scales[i] for i in range(len(scales) - 1)):
+        raise ValueError(f"scales must be positive and not rise from level to level: got {list(scales)}")
     first = features[0]
     for index, feature in enumerate(features):
         if feature.ndim != 4 or feature.shape[:2] != first.shape[:2] or feature.dtype != first.dtype:

@@ -279,7 +279,7 @@ def test_errors():
     for arguments, message in (
         ((maps[:2], boxes, *SETTINGS), "got 2, 3"),
         (([], boxes, 2, [], 2, False), "got 0, 0"),
-        ((maps, boxes, 2, SCALES[::-1], 2, False), "scales must be positive and fall"),
+        ((maps, boxes, 2, SCALES[::-1], 2, False), "scales must be positive and not rise"),
         (([x, x.double()], boxes, 2, SCALES[:2], 2, False), r"features\[1\] is torch.float64"),
         (([x, x[:, :3]], boxes, 2, SCALES[:2], 2, False), r"features\[1\].*\(2, 3, 16, 20\)"),
         ((maps, boxes[0], *SETTINGS), r"boxes must be \[B, R, 4\] or \[K, 5\]: got \(4, 4\)"),

@@ -9,6 +9,7 @@ equation 1. Rules for borders and rounding follow torchvision.
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -42,13 +43,17 @@ class Regions(NamedTuple):
 
 
 def level_thresholds(scales: Sequence[float], canonical_size: float, canonical_level: int) -> list[float]:
-    """The box areas from which on a box belongs to the second, third, … level.
+    """The box areas from which on a box belongs to the second, third, … level; a level no coarser than the one before
+    it gets no box, as in torchvision.
 
     Comparing areas with them is torchvision's floor(canonical_level + log2(√area / canonical_size) + 1e-6), clamped to
     the levels -log2(scale); unlike log2, a comparison gives the same answer on every device.
     """
     levels = [round(-math.log2(scale)) for scale in scales]
-    return [(canonical_size * 2.0 ** (level - canonical_level - 1e-6)) ** 2 for level in levels[1:]]
+    return [
+        (canonical_size * 2.0 ** (level - canonical_level - 1e-6)) ** 2 if level > finer else math.inf
+        for finer, level in pairwise(levels)
+    ]
 
 
 def locate(
