@@ -96,3 +96,22 @@ def test_builds_on_meta(repository):
     with torch.device("meta"):
         model = fastrcnn.build_model(config(repository, "polygons"))
     assert all(p.is_meta for p in model.parameters())
+
+
+def test_compiles_into_one_graph(repository):
+    """Training and inference alike, with the results of eager."""
+    model = fastrcnn.build_model(config(repository, "polygons"))
+    images, targets = inputs("polygons")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = []
+    for call in (compiled, model):
+        torch.manual_seed(0)
+        model.train()
+        losses = call(images, targets)
+        model.zero_grad()
+        sum(losses.values()).backward()
+        gradient = model.backbone.body.layer2[0].conv1.weight.grad.clone()
+        model.eval()
+        detections = call(images)
+        found.append((losses, gradient, detections.boxes, detections.masks))
+    torch.testing.assert_close(found[0], found[1])
