@@ -5,6 +5,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import pytest
+
 import fastrcnn
 import triton_kernels
 
@@ -12,6 +14,23 @@ import triton_kernels
 def test_kernels_are_ours(repository):
     """An upstream package has the same import name."""
     assert Path(triton_kernels.__file__).parent.parent == Path(fastrcnn.__file__).parent.parent == repository
+
+
+@pytest.mark.parametrize(
+    ("words", "home"),
+    [
+        ("torch.library", "fastrcnn/ops/_library.py"),
+        ("torch.distributed", "fastrcnn/engine/distributed.py"),
+        ("@triton.jit", "triton_kernels/"),
+    ],
+)
+def test_some_things_have_one_home(words, home, repository):
+    sources = [
+        path for folder in ("fastrcnn", "triton_kernels", "tools") for path in (repository / folder).rglob("*.py")
+    ]
+    users = [str(path.relative_to(repository)) for path in sources if words in path.read_text()]
+    assert users
+    assert all(user.startswith(home) for user in users), users
 
 
 def test_version():

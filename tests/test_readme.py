@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 from fastrcnn.data.datasets.shapes import ensure_shapes
+from fastrcnn.engine import load_predictions
 
 TINY = (
     "MODEL.DEVICE cpu MODEL.RESNETS.WIDTH_PER_GROUP 8 MODEL.RESNETS.RES2_OUT_CHANNELS 16 "
@@ -86,6 +87,18 @@ def test_latencies_are_those_of_the_committed_result(repository):
         assert f"| {objects} | {ours:.2f} s | {theirs:.2f} s | {ours / theirs:.2f} |" in text
 
 
+def test_figures_of_runs_are_those_of_the_committed_logs(repository):
+    rows = re.findall(
+        r"^\| .*\[log\]\((.*?)\)\) \| ([\d.]+) s \| (.*) \|$", (repository / "README.md").read_text(), re.M
+    )
+    assert len(rows) == 2
+    for path, seconds, results in rows:
+        log = (repository / path).read_text()
+        assert f"iterations in {seconds} s" in log
+        for figure in re.findall(r"AP50 ([\d.]+)", results):
+            assert re.search(rf"AP50\b.*\n.*\b{figure}\b", log)
+
+
 @pytest.mark.parametrize("index", [0, 1, 3], ids=["predictor", "torchvision", "operators"])
 def test_python_snippets(index, workplace, repository):
     run([sys.executable, "-c", snippets(repository, "python")[index]], workplace)
@@ -104,7 +117,15 @@ def test_training_commands(workplace, repository):
     run([*launcher, *several[2:], *TINY, "SOLVER.IMS_PER_BATCH", "2", "TEST.IMS_PER_BATCH", "2"], workplace)
 
     assert test == ["python", "tools/test.py", "--weights", "output/coco"]
-    assert "AP50" in run([sys.executable, *test[1:], "TEST.IMS_PER_BATCH", "2"], workplace)
+    found = []
+    for command in ([sys.executable], launcher):  # one process and two find the same
+        settings = ["TEST.IMS_PER_BATCH", "2", "MODEL.ROI_HEADS.SCORE_THRESH", "0.0"]
+        assert "AP50" in run([*command, *test[1:], *settings], workplace)
+        found.append(load_predictions(workplace / "output/coco/inference/coco_2014_minival/predictions.pth"))
+    assert sum(len(boxlist) for boxlist in found[0].values()) > 0
+    assert found[0].keys() == found[1].keys()
+    for index, boxlist in found[0].items():
+        torch.testing.assert_close(found[1][index].bbox, boxlist.bbox, rtol=1e-3, atol=1e-2)
 
 
 def test_own_dataset(workplace, repository, monkeypatch):

@@ -122,9 +122,6 @@ class PascalVOCDataset(Dataset):
         target.add_field("difficult", rows[:, 5].bool())
         return target.clip_to_image(remove_empty=True)
 
-    def map_class_id_to_class_name(self, class_id: int) -> str:
-        return self.categories[class_id]
-
     def __getitem__(self, index: int) -> tuple[Any, BoxList, int]:
         image_id = self.ids[index]
         image: Any = read_image(self._image_path(image_id), image_id, self._records[index].size)
