@@ -1,4 +1,7 @@
-"""Compile a Triton kernel for a GPU that is not there, and report the resources that it would use."""
+"""Compile a Triton kernel for a GPU that is not there, and report the resources that it would use.
+
+python tests/aot.py --document docs/kernels.md    writes the reports of all cases as a document
+"""
 
 import importlib
 import json
@@ -7,7 +10,11 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -20,6 +27,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+FOLDER = Path(__file__).resolve().parent / "kernels"
+MODULES = sorted(path.stem for path in FOLDER.glob("cases_*.py"))
 
 
 def compile_report(
@@ -73,9 +82,9 @@ def _nvidia(compiled: Any) -> dict[str, Any]:
         "spill": local,
         "stack": stack,
         "shared": compiled.metadata.shared,
-        "loads": sorted(set(re.findall(r"ld\.global[.\w]*", ptx))),
-        "stores": sorted(set(re.findall(r"st\.global[.\w]*", ptx))),
-        "atomics": sorted(set(re.findall(r"(?:atom|red)\.global[.\w]*", ptx))),
+        "loads": sorted(set(re.findall(r"ld\.global[.:\w]*", ptx))),
+        "stores": sorted(set(re.findall(r"st\.global[.:\w]*", ptx))),
+        "atomics": sorted(set(re.findall(r"(?:atom|red)\.global[.:\w]*", ptx))),
     }
 
 
@@ -103,10 +112,108 @@ class Case:
         return compile_report(kernel, self.types, self.constants, target, self.aligned, **self.options)
 
 
+def load_cases(module: str) -> list[Case]:
+    """`CASES` of a module of tests/kernels."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        return importlib.import_module(module).CASES
+    finally:
+        sys.path.pop(0)
+
+
+@cache
+def reports(module: str, target: str) -> dict[str, dict[str, Any]]:
+    """Case -> report, compiled in a process of its own: the interpreter must be off."""
+    paths = [str(FOLDER), str(FOLDER.parent), str(FOLDER.parent.parent)]
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "FASTRCNN_KERNELS": "auto",
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
+    command = [sys.executable, __file__, module, target]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{module} on {target}: {done.stderr[-4000:]}")
+    return json.loads(done.stdout)
+
+
+def access_bytes(instruction: str) -> int:
+    """Bytes that one thread moves by a global load or store: of "ld.global.v4.b32" or "global_load_dwordx4" 16."""
+    if found := re.search(r"(?:\.v(\d+))?\.[bsuf](\d+)$", instruction):
+        return int(found[1] or 1) * int(found[2]) // 8
+    if found := re.search(r"_(dword|ushort|sshort|short|ubyte|sbyte|byte)(?:x(\d+))?(?:_d16)?(?:_hi)?$", instruction):
+        size = 4 if found[1] == "dword" else 2 if "short" in found[1] else 1
+        return size * int(found[2] or 1)
+    raise ValueError(f"unknown access {instruction}")
+
+
+INTRODUCTION = """
+# Kernels, compiled with Triton {version}
+
+What every kernel of `triton_kernels` uses in the launch configurations of `tests/kernels/cases_*.py`, compiled ahead of
+time: nothing here was run. `python tests/aot.py --document docs/kernels.md` writes this file; the tests compile the
+same cases and allow no spills and no stack.
+
+- sm_80 is the A100, sm_90 the H100 and H200, sm_100 the B200, gfx942 the MI300: registers of a thread (gfx942: vector
+  registers) / shared memory of a program, in bytes.
+- Load, store: the widest access of one thread to global memory, in bytes; where the targets differ, in their order.
+- Spills: bytes or registers of a thread that went to memory, and its stack, the largest of all targets.
+"""
+
+
+def document() -> str:
+    """Markdown tables of the reports of all cases, by kernel file."""
+    jobs = [(module, target) for module in MODULES for target in TARGETS]
+    with ThreadPoolExecutor(2) as pool:
+        compiled = dict(zip(jobs, pool.map(lambda job: reports(*job), jobs), strict=True))
+    lines = [INTRODUCTION.strip().format(version=triton.__version__)]
+    for module in MODULES:
+        cases = load_cases(module)
+        found = {case.name: [compiled[module, target][case.name] for target in TARGETS] for case in cases}
+        lines += ["", f"## {module.removeprefix('cases_')}", ""]
+        lines += _table(
+            ("kernel", "case", "launch", *TARGETS, "load", "store", "spills"), (_row(c, found[c.name]) for c in cases)
+        )
+        atomics = [
+            (f"`{name}`", *map(_atomics, rows)) for name, rows in found.items() if any(r["atomics"] for r in rows)
+        ]
+        if atomics:
+            lines += ["", "Atomics:", "", *_table(("case", *TARGETS), atomics)]
+    return "\n".join(lines) + "\n"
+
+
+def _row(case: Case, rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    sizes = [f"{name} {value}" for name, value in case.constants.items() if re.search("BLOCK|TILE", name)]
+    return (
+        f"`{case.kernel.split(':')[1]}`",
+        f"`{case.name}`",
+        ", ".join([f"num_warps {case.options.get('num_warps', 4)}", *sizes]),
+        *(f"{row['registers']} / {row['shared']}" for row in rows),
+        _widest(row["loads"] for row in rows),
+        _widest(row["stores"] for row in rows),
+        str(max(row["spill"] + row["stack"] for row in rows)),
+    )
+
+
+def _widest(accesses: Iterable[list[str]]) -> str:
+    widths = [str(max(map(access_bytes, names), default="–")) for names in accesses]
+    return widths[0] if len(set(widths)) == 1 else ", ".join(widths)
+
+
+def _atomics(row: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}`" for name in row["atomics"]) or "–"
+
+
+def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (heads, ("---",) * len(heads), *rows)]
+
+
 def main(module: str, target: str) -> None:
-    """Print the reports of all `CASES` of a module as JSON. A process of its own: the interpreter must be off."""
-    cases: list[Case] = importlib.import_module(module).CASES
-    print(json.dumps({case.name: case.report(target) for case in cases}))
+    """Print the reports of all `CASES` of a module as JSON; or with --document and a path, write the document."""
+    if module == "--document":
+        Path(target).write_text(document())
+    else:
+        print(json.dumps({case.name: case.report(target) for case in load_cases(module)}))
 
 
 if __name__ == "__main__":

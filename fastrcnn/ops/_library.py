@@ -47,7 +47,8 @@ def register(
 
     reference: the definition, on any device. fake: the shape rule (dtype and strides included).
     cpu: a faster CPU implementation. triton: allocates and launches kernels; imports `triton_kernels` itself.
-    autograd: the function at the Autograd key, for differentiable operators (see `below_autograd`).
+    autograd: the function at the Autograd key, for differentiable operators (see `below_autograd`); the results of the
+    others never require a gradient.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -61,9 +62,14 @@ def register(
     LIBRARY.impl(name, on_cpu, "CPU")
     LIBRARY.impl(name, on_gpu, "CUDA")
     torch.library.register_fake(f"fastrcnn::{name}", fake, lib=LIBRARY)
-    if autograd is not None:
-        LIBRARY.impl(name, autograd, "Autograd")
-    return getattr(torch.ops.fastrcnn, name).default
+    operator = getattr(torch.ops.fastrcnn, name).default
+
+    def without_gradient(*args):
+        with below_autograd():
+            return operator(*args)
+
+    LIBRARY.impl(name, autograd or without_gradient, "Autograd")
+    return operator
 
 
 def register_composite(schema: str, function: Callable) -> torch._ops.OpOverload:
@@ -79,6 +85,8 @@ def _on_device(launch: Callable) -> Callable:
 
     def launch_on_device(*args):
         first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+        if not first.is_cuda or first.device.index == torch.cuda.current_device():
+            return launch(*args)
         with torch.cuda.device_of(first):
             return launch(*args)
 
@@ -97,3 +105,18 @@ def below_autograd():
 
 def needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def check_floating(error: type[Exception] = ValueError, **tensors: Tensor | None) -> None:
+    """Raise `error`, naming the argument, for a tensor that is not of floating point."""
+    for name, x in tensors.items():
+        if x is not None and not x.is_floating_point():
+            raise error(f"{name} must be of floating point, got {x.dtype}")
+
+
+def check_one_device(error: type[Exception] = ValueError, **tensors: Tensor | None) -> None:
+    """Raise `error`, naming the argument, for a tensor that is not on the device of the first."""
+    given = [(name, x) for name, x in tensors.items() if x is not None]
+    for name, x in given[1:]:
+        if x.device != given[0][1].device:
+            raise error(f"{name} must be on the device of {given[0][0]}, {given[0][1].device}, got {x.device}")

@@ -37,7 +37,8 @@ def grid_anchors(
 
     grid_sizes: (h, w) of each level; strides: (y, x) in pixels, not necessarily integers; cell_anchors: [A, 4] around
     the origin, of one floating dtype, which is the result's. anchor = cell anchor + (x·sx, y·sy, x·sx, y·sy).
-    ValueError if the three do not fit together. Source: Faster R-CNN (arXiv 1506.01497), section 3.1.1.
+    No gradient. ValueError if the three do not fit together or cell_anchors are on several devices.
+    Source: Faster R-CNN (arXiv 1506.01497), section 3.1.1.
     """
     if not len(grid_sizes) == len(strides) == len(cell_anchors) > 0:
         raise ValueError(
@@ -49,5 +50,6 @@ def grid_anchors(
             raise ValueError(f"cell_anchors[{level}] must be [A, 4], got {tuple(cells.shape)}")
         if cells.dtype != cell_anchors[0].dtype or not cells.is_floating_point():
             raise ValueError(f"cell_anchors must share one floating dtype, got {[c.dtype for c in cell_anchors]}")
+    _library.check_one_device(**{f"cell_anchors[{level}]": cells for level, cells in enumerate(cell_anchors)})
     sizes = [side for size in grid_sizes for side in size]
     return _GRID_ANCHORS(list(cell_anchors), sizes, [float(s) for stride in strides for s in stride])

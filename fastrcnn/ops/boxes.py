@@ -29,8 +29,10 @@ def box_area(boxes: Tensor, fmt: str = "xyxy") -> Tensor:
 def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy") -> Tensor:
     """Intersection over union [..., N, M] of boxes1 [..., N, 4] with boxes2 [..., M, 4]; NaN for two empty boxes.
 
-    fmt of both: as in `box_area`, or one of torchvision's rotated formats; ValueError for any other.
+    fmt of both: as in `box_area`, or one of torchvision's rotated formats; ValueError for any other. RuntimeError for
+    boxes on different devices.
     """
+    _library.check_one_device(RuntimeError, boxes1=boxes1, boxes2=boxes2)
     return IOU(boxes1, boxes2, fmt)
 
 

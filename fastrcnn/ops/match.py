@@ -18,12 +18,21 @@ def _cpu(boxes, gt_boxes, gt_valid, *rest):
     return reference.match_boxes(boxes, gt_boxes[:, :used], gt_valid[:, :used], *rest)  # skip slots empty in all images
 
 
+def _triton(boxes, gt_boxes, *rest):
+    if torch.float64 in (boxes.dtype, gt_boxes.dtype):  # the kernels compute in float32
+        return reference.match_boxes(boxes, gt_boxes, *rest)
+    from triton_kernels import match as kernels
+
+    return kernels.match_boxes(boxes, gt_boxes, *rest)
+
+
 MATCH = _library.register(
     "match_boxes(Tensor boxes, Tensor gt_boxes, Tensor gt_valid, float high, float low, bool allow_low_quality)"
     " -> (Tensor, Tensor)",
     reference=reference.match_boxes,
     fake=_fake,
     cpu=_cpu,
+    triton=_triton,
 )
 
 
@@ -36,11 +45,16 @@ def match_boxes(
     slots. Returns matched int64 [B, A]: the index of the ground truth where IoU ≥ high, −1 where IoU < low, −2 between;
     and the best IoU float32 [B, A] (float64 for such boxes; 0 where there is none). allow_low_quality: every box that
     ties the best IoU of some valid ground truth is matched with its own best as well. Boxes with NaN never match; an
-    image without valid ground truth is all −1. The A×G matrix is never held. No gradient. ValueError if the shapes do
-    not fit together or low exceeds high.
+    image without valid ground truth is all −1. float16 and bfloat16 are computed in float32. The A×G matrix is never
+    held. No gradient. ValueError if the shapes do not fit together, boxes are not of floating point, gt_valid is not
+    bool, the tensors are on several devices, or low exceeds high.
     """
     if low > high:
         raise ValueError(f"low ({low}) must not exceed high ({high})")
+    _library.check_floating(boxes=boxes, gt_boxes=gt_boxes)
+    _library.check_one_device(boxes=boxes, gt_boxes=gt_boxes, gt_valid=gt_valid)
+    if gt_valid.dtype != torch.bool:
+        raise ValueError(f"gt_valid must be of torch.bool, got {gt_valid.dtype}")
     if boxes.dim() not in (2, 3) or boxes.shape[-1] != 4:
         raise ValueError(f"boxes must have the shape [B, A, 4] or [A, 4], got {list(boxes.shape)}")
     if gt_boxes.dim() != 3 or gt_boxes.shape[-1] != 4 or gt_valid.shape != gt_boxes.shape[:2]:

@@ -17,29 +17,42 @@ def _fake_ragged(boxes, *_):
     return boxes.new_empty((_library.new_dynamic_size(),), dtype=torch.int64)
 
 
-def _triton_padded(boxes, scores, iou_threshold, max_output, labels=None, valid=None):
-    n = boxes.shape[1]
-    if boxes.dtype == torch.float64 or not n or not max_output or not len(boxes):  # the kernels compute in float32
-        return reference.nms_padded(boxes, scores, iou_threshold, max_output, labels, valid)
+def _triton_greedy(boxes, labels, order, counts, iou_threshold, max_output):
+    """boxes [S, N, 4], labels [S, N] or None, order by falling score; the first counts of it take part, or all."""
     from triton_kernels import nms as kernels
 
+    n = boxes.shape[1]
+    if kernels.prefer_segmented(n, max_output):
+        return kernels.nms_segmented(boxes, labels, order, counts, iou_threshold, max_output)
+    if labels is None:
+        boxes = reference.gather_boxes(boxes, order)
+        return kernels.nms_bitmask(boxes, None, order, counts, iou_threshold, max_output)
+    labels = labels.gather(1, order)
+    if counts is not None:  # the others stay at the end
+        out = torch.arange(n, device=order.device) >= counts[:, None]
+        labels = labels.masked_fill(out, torch.iinfo(labels.dtype).max)
+    labels, rank = labels.sort(stable=True)
+    boxes = reference.gather_boxes(boxes, order.gather(1, rank))
+    ranks, counts = kernels.nms_bitmask(boxes, labels, rank, counts, iou_threshold, max(n, max_output), padding=n)
+    ranks = ranks.sort().values[:, :max_output]  # by falling score again
+    padded = torch.cat([order, order.new_full((len(order), 1), -1)], 1)
+    return padded.gather(1, ranks), counts.clamp(max=max_output)
+
+
+def _triton_padded(boxes, scores, iou_threshold, max_output, labels=None, valid=None):
+    # the kernels compute in float32
+    if boxes.dtype == torch.float64 or not boxes.shape[1] or not max_output or not len(boxes):
+        return reference.nms_padded(boxes, scores, iou_threshold, max_output, labels, valid)
     usable = reference.usable_boxes(boxes, scores, valid)
     order = reference.falling_order(scores, usable)
-    counts = usable.sum(1, dtype=torch.int32)
-    if n <= kernels.SEGMENTED_LIMIT:
-        return kernels.nms_segmented(boxes, labels, order, counts, iou_threshold, max_output)
-    labels = None if labels is None else labels.gather(1, order)
-    keep = kernels.nms_bitmask(reference.gather_boxes(boxes, order), labels, counts, iou_threshold)
-    return reference.pad_kept(keep, order, max_output)
+    return _triton_greedy(boxes, labels, order, usable.sum(1, dtype=torch.int32), iou_threshold, max_output)
 
 
 def _triton_ragged(boxes, labels, scores, iou_threshold):
-    from triton_kernels import nms as kernels
-
-    order = reference.falling_order(scores)
-    counts = torch.full((1,), len(order), dtype=torch.int32, device=boxes.device)
-    labels = None if labels is None else labels[order][None]
-    return order[kernels.nms_bitmask(boxes[order][None], labels, counts, iou_threshold)[0]]
+    order = reference.falling_order(scores)[None]
+    labels = None if labels is None else labels[None]
+    indices, counts = _triton_greedy(boxes[None], labels, order, None, iou_threshold, len(boxes))
+    return indices[0, : counts.item()]
 
 
 def _triton_nms(boxes, scores, iou_threshold):
@@ -51,6 +64,7 @@ def _triton_nms(boxes, scores, iou_threshold):
 def _triton_batched(boxes, scores, idxs, iou_threshold):
     if boxes.dtype == torch.float64 or not len(boxes):
         return reference.batched_nms(boxes, scores, idxs, iou_threshold)
+    idxs = idxs.byte() if idxs.dtype == torch.bool else idxs  # searchsorted has no bool
     return _triton_ragged(boxes, idxs, scores, iou_threshold)
 
 
@@ -132,6 +146,8 @@ def _check_ragged(boxes: Tensor, scores: Tensor) -> None:
         )
     if boxes.dtype != scores.dtype:
         raise RuntimeError(f"boxes should have the same type as scores, got {boxes.dtype} and {scores.dtype}")
+    _library.check_floating(RuntimeError, boxes=boxes)
+    _library.check_one_device(RuntimeError, boxes=boxes, scores=scores)
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -142,7 +158,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
     K depends on the data: on a GPU the call synchronises, and `torch.compile(fullgraph=True)` needs
     `torch._dynamo.config.capture_dynamic_output_shape_ops = True`. `nms_padded` has neither drawback.
-    RuntimeError on shapes or dtypes that do not fit.
+    As torchvision has it, boxes that are not finite overlap nothing and are all kept, and NaN scores come first.
+    RuntimeError on shapes, dtypes or devices that do not fit.
     """
     _check_ragged(boxes, scores)
     return _NMS(boxes, scores, iou_threshold)
@@ -151,12 +168,16 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     """`nms` in which boxes of different idxs [N] do not suppress each other; as `torchvision.ops.batched_nms`.
 
-    Categories are compared, never added to the coordinates, so the result is exact for boxes and categories of any
-    size. RuntimeError on shapes or dtypes that do not fit.
+    Categories, of any dtype, are compared, never added to the coordinates, so the result is exact for boxes and
+    categories of any size, and boxes that are not finite do not touch the others.
+    RuntimeError on shapes, dtypes or devices that do not fit; no boxes are an empty result whatever the rest is.
     """
+    if boxes.numel() == 0:
+        return boxes.new_empty(0, dtype=torch.int64)
     _check_ragged(boxes, scores)
     if idxs.shape != scores.shape:
         raise RuntimeError(f"idxs should have the shape of scores {tuple(scores.shape)}, got {tuple(idxs.shape)}")
+    _library.check_one_device(RuntimeError, boxes=boxes, idxs=idxs)
     return _BATCHED_NMS(boxes, scores, idxs, iou_threshold)
 
 
@@ -175,7 +196,7 @@ def nms_padded(
     a box whose coordinates or score are not finite.
 
     Returns indices int64 [S, max_output], by falling score and in order of appearance among equal ones, −1 where
-    empty, and counts int32 [S]. ValueError on shapes that do not fit.
+    empty, and counts int32 [S]. ValueError on shapes, dtypes or devices that do not fit.
 
     Source: greedy NMS solved as a fixpoint, as Cluster-NMS does (arXiv 2005.03572), exact.
     """
@@ -184,6 +205,12 @@ def nms_padded(
     for name, value in (("scores", scores), ("labels", labels), ("valid", valid)):
         if value is not None and value.shape != boxes.shape[:2]:
             raise ValueError(f"{name} must be [S, N] = {tuple(boxes.shape[:2])}, got {tuple(value.shape)}")
+    _library.check_floating(boxes=boxes, scores=scores)
+    if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    if valid is not None and valid.dtype != torch.bool:
+        raise ValueError(f"valid must be bool, got {valid.dtype}")
+    _library.check_one_device(boxes=boxes, scores=scores, labels=labels, valid=valid)
     if max_output < 0:
         raise ValueError(f"max_output must not be negative, got {max_output}")
     return _NMS_PADDED(boxes, scores, iou_threshold, max_output, labels, valid)

@@ -31,10 +31,13 @@ def paste_masks(
     image_size: (height, width). Returns bool, or with threshold None the float32 probabilities. continuous False is
     torchvision's rule (`paste_masks_in_image`: padding 1, boxes cut to whole pixels, then > threshold), True is
     detectron2's (sampled at pixel centres as `grid_sample` does, then ≥ threshold; nothing for a box without area). A
-    box that is not finite gives an empty mask. No gradient. ValueError if masks or boxes have other shapes.
+    box that is not finite gives an empty mask. No gradient. ValueError if masks or boxes have other shapes, are not of
+    floating point or lie on different devices.
     """
     if masks.dim() != 3 or masks.shape[1] != masks.shape[2]:
         raise ValueError(f"masks must have the shape [D, M, M], got {list(masks.shape)}")
     if boxes.shape != (masks.shape[0], 4):
         raise ValueError(f"boxes must have the shape [{masks.shape[0]}, 4] for these masks, got {list(boxes.shape)}")
+    _library.check_floating(masks=masks, boxes=boxes)
+    _library.check_one_device(masks=masks, boxes=boxes)
     return PASTE(masks.detach(), boxes.detach(), *image_size, threshold, continuous)

@@ -27,7 +27,7 @@ def rasterize_polygons(
     num_parts − 1) that an edge belongs to, −1 for an empty slot; boxes: [B, R, 4] xyxy; matched: int64 [B, R], the
     ground truth of each box, negative for none. Returns float32 [B, R, side, side] of zeros and ones. The box is scaled
     to the mask (a side counts as 0.1 px at least), each part follows pycocotools' rule exactly, and the parts are
-    united. No gradient. ValueError on shapes that do not fit together.
+    united. No gradient. ValueError on shapes that do not fit together, other dtypes or different devices.
     """
     if edges.dim() != 4 or edges.shape[-1] != 4 or parts.shape != edges.shape[:3]:
         raise ValueError(
@@ -41,4 +41,9 @@ def rasterize_polygons(
         )
     if boxes.shape[0] != edges.shape[0]:
         raise ValueError(f"boxes are of {boxes.shape[0]} images and edges of {edges.shape[0]}")
+    _library.check_floating(edges=edges, boxes=boxes)
+    for name, index in (("parts", parts), ("matched", matched)):
+        if index.dtype != torch.int64:
+            raise ValueError(f"{name} must be int64, got {index.dtype}")
+    _library.check_one_device(edges=edges, parts=parts, boxes=boxes, matched=matched)
     return RASTERIZE(edges, parts, num_parts, boxes.detach(), matched, side)

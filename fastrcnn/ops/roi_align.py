@@ -4,11 +4,19 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.fx
 import torchvision  # noqa: F401 (loads torch.ops.torchvision)
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastrcnn.ops._library import below_autograd, needs_grad, register, register_composite
+from fastrcnn.ops._library import (
+    below_autograd,
+    check_floating,
+    check_one_device,
+    needs_grad,
+    register,
+    register_composite,
+)
 from fastrcnn.ops.reference import roi_align as reference
 from fastrcnn.ops.reference.roi_align import Regions, compute_dtype, is_channels_last, memory_format
 
@@ -145,18 +153,17 @@ def _triton(features, boxes, valid, output_size, scales, sampling_ratio, aligned
 def _triton_backward(grad, boxes, valid, shapes, channels_last, output_size, scales, ratio, aligned, *canonical):
     from triton_kernels import roi_align as kernels
 
-    # as in the forward; and the kernel adds atomically, in an order that differs from run to run
-    unsuited = grad.dtype == torch.float64 or len(scales) > kernels.MAX_LEVELS
-    if unsuited or torch.are_deterministic_algorithms_enabled():
+    if grad.dtype == torch.float64 or len(scales) > kernels.MAX_LEVELS:  # as in the forward
         rest = output_size, scales, ratio, aligned, *canonical
         return reference.multilevel_roi_align_backward(grad, boxes, valid, shapes, channels_last, *rest)
+    settings = boxes, valid, scales, reference.level_thresholds(scales, *canonical), ratio, aligned
+    if torch.are_deterministic_algorithms_enabled():
+        grads = _fake_backward(grad, boxes, valid, shapes, channels_last)
+        kernels.roi_align_gather(grads, grad, *settings, channels_last=channels_last)
+        return grads
     grads = _fake_backward(grad, boxes, valid, shapes, channels_last, dtype=torch.float32)
-    for level in grads:
-        level.zero_()
-    thresholds = reference.level_thresholds(scales, *canonical)
-    kernels.roi_align_backward(
-        grads, grad, boxes, valid, scales, thresholds, ratio, aligned, channels_last=channels_last
-    )
+    torch._foreach_zero_(grads)
+    kernels.roi_align_scatter(grads, grad, *settings, channels_last=channels_last)
     return [level.to(grad.dtype) for level in grads]
 
 
@@ -231,13 +238,14 @@ def multilevel_roi_align(
     sampling_ratio: samples per bin and axis; 0 or less takes one per pixel. aligned: as in `roi_align`. A box with
     √area = canonical_size belongs to level canonical_level, where a level is −log2(scale). valid: bool [B, R] or [K].
 
-    On a GPU the kernel serves float16, bfloat16 and float32 features of at most 5 levels. Other features, gradients
-    under `torch.use_deterministic_algorithms`, and everything without Triton take the PyTorch reference, which is
-    slower and, with sampling_ratio ≤ 0 only, waits for the device to read the numbers of samples; nothing else waits.
+    On a GPU kernels serve float16, bfloat16 and float32 features of at most 5 levels. Their gradients are added
+    atomically, or under `torch.use_deterministic_algorithms` gathered in a fixed order: equal inputs then give equal
+    bits. Other features and everything without Triton take the PyTorch reference, which is slower and, with
+    sampling_ratio ≤ 0 only, waits for the device to read the numbers of samples; nothing else waits.
 
     Returns [B · R or K, C, height, width] in the dtype and memory format of the features; channels_last is the fast
     one. Boxes that are not valid, not finite or of an image that is not there give zeros. Differentiable in the
-    features. Raises ValueError if shapes, dtypes or scales do not fit together.
+    features. Raises ValueError if shapes, dtypes, devices or scales do not fit together.
     """
     if not features or len(features) != len(scales):
         raise ValueError(f"features and scales must be equally many, at least one: got {len(features)}, {len(scales)}")
@@ -257,10 +265,13 @@ def multilevel_roi_align(
         raise ValueError(f"boxes are of {boxes.shape[0]} images and features of {first.shape[0]}")
     if valid is not None and (valid.dtype != torch.bool or valid.shape != boxes.shape[:-1]):
         raise ValueError(f"valid must be bool {tuple(boxes.shape[:-1])}: got {valid.dtype} {tuple(valid.shape)}")
+    check_floating(**{"features[0]": first}, boxes=boxes)
+    check_one_device(**{f"features[{i}]": feature for i, feature in enumerate(features)}, boxes=boxes, valid=valid)
     settings = [float(scale) for scale in scales], sampling_ratio, aligned, float(canonical_size), canonical_level
     return _OP(list(features), boxes, valid, _pair(output_size), *settings)
 
 
+@torch.fx.wrap  # symbolic tracing takes it as one function, as it takes torchvision's
 def roi_align(
     input: Tensor,
     boxes: Tensor | Sequence[Tensor],
@@ -279,9 +290,15 @@ def roi_align(
     Returns [K, C, height, width] in the dtype and memory format of the input; channels_last is the fast one. Computed
     in float32, or float64 for float64 input, for boxes of any floating dtype. Differentiable in the input. Boxes that
     are not finite or of an image that is not there give zeros. What waits for a GPU: see `multilevel_roi_align`.
-    Raises AssertionError for boxes of another shape.
+    Raises AssertionError for boxes of another shape, RuntimeError for an input of another shape, for numbers that are
+    not floating and for two devices.
     """
-    return _OP_SINGLE(input, _to_rois(boxes), float(spatial_scale), *_pair(output_size), sampling_ratio, aligned)
+    rois = _to_rois(boxes)
+    if input.ndim != 4:
+        raise RuntimeError(f"input must be [N, C, H, W]: got {tuple(input.shape)}")
+    check_floating(RuntimeError, input=input, boxes=rois)
+    check_one_device(RuntimeError, input=input, boxes=rois)
+    return _OP_SINGLE(input, rois, float(spatial_scale), *_pair(output_size), sampling_ratio, aligned)
 
 
 def _to_rois(boxes: Tensor | Sequence[Tensor]) -> Tensor:

@@ -28,12 +28,15 @@ def sample_balanced(
     taken, and negatives fill up. Returns indices int64 [B, K] and weights float32 [B, K], K = min(count, A): weight 1
     is a sample, 0 an empty slot, whose index is in range but means nothing. If count suffices for all and its share for
     the positives, every positive and every negative is returned. generator: on the device of labels;
-    torch.compile breaks the graph at it, so fullgraph=True needs None. ValueError if labels are not [B, A], count is
-    negative or positive_fraction not from 0 to 1.
+    torch.compile breaks the graph at it, so fullgraph=True needs None. ValueError if labels are not integers [B, A],
+    count is negative or positive_fraction not from 0 to 1.
     """
     if labels.dim() != 2:
         raise ValueError(f"labels must have the shape [B, A], got {list(labels.shape)}")
+    if labels.is_floating_point():
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
     if count < 0 or not 0 <= positive_fraction <= 1:
         raise ValueError(f"count ({count}) must be ≥ 0 and positive_fraction ({positive_fraction}) from 0 to 1")
-    noise = torch.rand(labels.shape, device=labels.device, generator=generator)
+    # torch.rand with a generator takes no symbolic shapes
+    noise = torch.empty(labels.shape, device=labels.device).uniform_(generator=generator)
     return SAMPLE(labels, noise, count, positive_fraction)

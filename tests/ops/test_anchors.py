@@ -78,12 +78,25 @@ def test_errors():
         grid_anchors([(1, 1)] * 2, [(8, 8)] * 2, [cells, cells.double()])
     with pytest.raises(ValueError, match="dtype"):
         grid_anchors([(1, 1)], [(8, 8)], [cells.long()])
+    with pytest.raises(
+        ValueError, match=r"cell_anchors\[1\] must be on the device of cell_anchors\[0\], cpu, got meta"
+    ):
+        grid_anchors([(1, 1)] * 2, [(8, 8)] * 2, [cells, cells.to("meta")])
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_gradient():
+    cells = torch.randn(3, 4, device=DEVICE, requires_grad=True)
+    assert not grid_anchors([(2, 3)], [(8, 8)], [cells]).requires_grad
+    assert not torch.ops.fastrcnn.grid_anchors([cells], [2, 3], [8.0, 8.0]).requires_grad
 
 
 def test_opcheck_and_compile():
     sizes, strides, cells = pyramid()
     flat = [s for size in sizes for s in size], [s for stride in strides for s in stride]
-    torch.library.opcheck(torch.ops.fastrcnn.grid_anchors.default, (cells, *flat))
+    for gradient in (False, True):
+        leaves = [c.clone().requires_grad_(gradient) for c in cells]
+        torch.library.opcheck(torch.ops.fastrcnn.grid_anchors.default, (leaves, *flat))
 
     def of_features(features, cells):
         return grid_anchors([f.shape[-2:] for f in features], strides, cells)

@@ -36,14 +36,14 @@ def random_boxes(*shape, dtype=torch.float32):
     return torch.cat((corner, corner + 4 + torch.rand(*shape, 2, dtype=torch.float64) * 60), -1).to(dtype)
 
 
-def by_hand(delta, anchor, weights, size):
-    """One box in plain Python."""
+def by_hand(delta, anchor, weights, size, last=0):
+    """One box in plain Python; last: 1 for inclusive boxes."""
     dx, dy, dw, dh = (d / w for d, w in zip(delta, weights, strict=True))
-    w, h = anchor[2] - anchor[0], anchor[3] - anchor[1]
-    x, y = (anchor[0] + anchor[2]) / 2 + dx * w, (anchor[1] + anchor[3]) / 2 + dy * h
+    w, h = anchor[2] - anchor[0] + last, anchor[3] - anchor[1] + last
+    x, y = (anchor[0] + anchor[2] + last) / 2 + dx * w, (anchor[1] + anchor[3] + last) / 2 + dy * h
     w, h = w * math.exp(min(dw, math.log(62.5))) / 2, h * math.exp(min(dh, math.log(62.5))) / 2
-    corners = [x - w, y - h, x + w, y + h]
-    return [min(max(c, 0), size[1 - i % 2]) for i, c in enumerate(corners)] if size else corners
+    corners = [x - w, y - h, x + w - last, y + h - last]
+    return [min(max(c, 0), size[1 - i % 2] - last) for i, c in enumerate(corners)] if size else corners
 
 
 def test_equals_torchvision():
@@ -56,12 +56,40 @@ def test_equals_torchvision():
     torch.testing.assert_close(got, coder.decode_single(deltas, anchors).view(50, 3, 4), **LIMITS)
 
 
+@pytest.mark.parametrize("inclusive", [False, True])
 @pytest.mark.parametrize("clip", [None, (70, 90)])
-def test_decode_by_hand(clip):
+def test_decode_by_hand(clip, inclusive):
     deltas, anchors = torch.randn(20, 4, dtype=torch.float64) * 10, random_boxes(20, dtype=torch.float64)
-    want = [by_hand(d, a, WEIGHTS, clip) for d, a in zip(deltas.tolist(), anchors.tolist(), strict=True)]
-    got = decode_boxes(deltas, anchors, WEIGHTS, clip)
+    want = [
+        by_hand(d, a, WEIGHTS, clip, int(inclusive)) for d, a in zip(deltas.tolist(), anchors.tolist(), strict=True)
+    ]
+    got = decode_boxes(deltas, anchors, WEIGHTS, clip, inclusive)
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64))
+    torch.testing.assert_close(decode_boxes(deltas.float(), anchors.float(), WEIGHTS, clip, inclusive), got.float())
+
+
+def test_inclusive_golden_values():
+    """The boxes that maskrcnn-benchmark and Caffe2 hold their decoders to, and a pair worked out by hand."""
+    anchors = torch.tensor(
+        [[175.62031555, 20.91103172, 253.352005, 155.0145874], [181.77426147, 199.82876587, 192.88427734, 214.0255127]]
+    )
+    deltas = torch.tensor(
+        [[0.47861834, 0.13992102, 0.14961673, 0.71495209], [-0.03852064, 0.44466892, 0.49492538, 0.71409376]]
+    )
+    want = torch.tensor(
+        [[206.949539, -30.715202, 297.387665, 244.448486], [177.430283, 198.666245, 196.295273, 228.703079]]
+    )
+    torch.testing.assert_close(decode_boxes(deltas, anchors, inclusive=True), want, rtol=0, atol=1e-4)
+    torch.testing.assert_close(encode_boxes(want, anchors, inclusive=True), deltas, rtol=0, atol=1e-5)
+    coder = BoxCoder((1.0,) * 4, inclusive=True)
+    torch.testing.assert_close(coder.decode(deltas, anchors), want, rtol=0, atol=1e-4)
+    torch.testing.assert_close(coder.encode(want, anchors), deltas, rtol=0, atol=1e-5)
+    anchor, box = torch.tensor([[0.0, 0, 9, 19]]), torch.tensor([[5.0, 0, 24, 9]])  # 10 × 20 and 20 × 10 pixels
+    deltas = torch.tensor([[1.0, -0.25, math.log(2), -math.log(2)]])  # centres (5, 10) and (15, 5)
+    torch.testing.assert_close(encode_boxes(box, anchor, inclusive=True), deltas)
+    torch.testing.assert_close(decode_boxes(deltas, anchor, inclusive=True), box)
+    inside = decode_boxes(deltas * 2, anchor, clip_to=(15, 30), inclusive=True)  # 40 × 5 around (25, 0)
+    torch.testing.assert_close(inside, torch.tensor([[5.0, 0, 29, 1.5]]))
 
 
 def test_clip_to_tensor_broadcasts():
@@ -97,14 +125,20 @@ def test_half_deltas_with_float_anchors():
     assert encode_boxes(anchors, anchors.half()).dtype == torch.float32
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("inclusive", [False, True])
+def test_gradcheck(inclusive):
     boxes, anchors = random_boxes(3, 4, dtype=torch.float64), random_boxes(4, dtype=torch.float64)
     deltas = torch.randn(3, 4, 4, dtype=torch.float64)
     for x in (boxes, anchors, deltas):
         x.requires_grad_()
-    torch.autograd.gradcheck(lambda b, a: encode_boxes(b, a, WEIGHTS), (boxes, anchors))
-    torch.autograd.gradcheck(lambda d, a: decode_boxes(d, a, WEIGHTS), (deltas, anchors))
-    torch.autograd.gradcheck(lambda d, a: decode_boxes(d, a, WEIGHTS, (70, 80)), (deltas, anchors))
+    sizes = torch.tensor([[70, 80], [60, 90], [90, 50]])[:, None]
+    check = torch.autograd.gradcheck
+    check(lambda b, a: encode_boxes(b, a, WEIGHTS, inclusive), (boxes, anchors))
+    check(lambda d, a: decode_boxes(d, a, WEIGHTS, None, inclusive), (deltas, anchors))
+    check(lambda d, a: decode_boxes(d, a, WEIGHTS, (70, 80), inclusive), (deltas, anchors))
+    check(lambda d, a: decode_boxes(d, a, WEIGHTS, sizes, inclusive), (deltas[:, :1], anchors))
+    check(lambda d: decode_boxes(d, anchors.detach(), WEIGHTS, sizes, inclusive), (deltas,))
+    check(lambda a: encode_boxes(boxes.detach(), a, WEIGHTS, inclusive), (anchors[:1],))
 
 
 def test_no_gradient_through_clamps():
@@ -120,16 +154,22 @@ def test_no_gradient_through_clamps():
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(requires_grad):
-    weights, sizes = list(WEIGHTS), torch.full((7, 2), 90, dtype=torch.int32)
-    boxes, anchors, deltas = random_boxes(7), random_boxes(7), torch.randn(7, 4)
-    for x in (boxes, anchors, deltas):
+    weights, sizes = list(WEIGHTS), torch.full((2, 1, 2), 90, dtype=torch.int32)
+    boxes, anchors, deltas = random_boxes(2, 7), random_boxes(7), torch.randn(2, 7, 4)
+    halves = deltas.half()
+    for x in (boxes, anchors, deltas, halves):
         x.requires_grad_(requires_grad)
-    opcheck(ENCODE, (boxes, anchors, weights))
-    opcheck(DECODE, (deltas, anchors, None, weights, 4.0))
-    opcheck(DECODE, (deltas.detach().half().requires_grad_(requires_grad), anchors, sizes, weights, 4.0))
-    if not requires_grad:
-        opcheck(ENCODE_BACKWARD, (torch.randn(7, 4), boxes, anchors, weights))
-        opcheck(DECODE_BACKWARD, (torch.randn(7, 4), deltas.half(), anchors, sizes, weights, 4.0))
+    for inclusive in (False, True):
+        opcheck(ENCODE, (boxes, anchors, weights, inclusive))
+        opcheck(DECODE, (deltas, anchors, None, weights, 4.0, None, inclusive))
+        opcheck(DECODE, (deltas, anchors.detach(), None, weights, 4.0, [60, 80], inclusive))
+        opcheck(DECODE, (halves, anchors, sizes, weights, 4.0, None, inclusive))
+    grad = torch.randn(2, 7, 4)
+    boxes, anchors, deltas, halves = (x.detach() for x in (boxes, anchors, deltas, halves))
+    for of_anchors in (False, True):
+        opcheck(ENCODE_BACKWARD, (grad, boxes, anchors, weights, False, of_anchors))
+        opcheck(DECODE_BACKWARD, (grad, halves, anchors, sizes, weights, 4.0, None, True, of_anchors))
+        opcheck(DECODE_BACKWARD, (grad, deltas, anchors, None, weights, 4.0, [60, 80], False, of_anchors))
 
 
 def test_compiles():
@@ -216,9 +256,59 @@ def test_box_coder():
 
 
 def test_errors():
+    boxes = torch.rand(3, 4)
     with pytest.raises(ValueError, match=r"boxes and anchors .* \[3, 5\]"):
-        encode_boxes(torch.rand(3, 5), torch.rand(3, 4))
+        encode_boxes(torch.rand(3, 5), boxes)
+    with pytest.raises(ValueError, match=r"deltas and anchors .* \[2, 4\] and \[3, 4\]"):
+        decode_boxes(boxes[:2], boxes)
+    with pytest.raises(ValueError, match=r"anchors must be of floating point, got torch\.int64"):
+        encode_boxes(boxes, boxes.long())
+    with pytest.raises(ValueError, match="anchors must be on the device of deltas"):
+        decode_boxes(boxes, boxes.to("meta"))
+    with pytest.raises(ValueError, match="clip_to must be on the device of deltas"):
+        decode_boxes(boxes, boxes, clip_to=torch.ones(2, device="meta"))
     with pytest.raises(ValueError, match="weights"):
-        decode_boxes(torch.rand(3, 4), torch.rand(3, 4), (1.0, 1.0))
-    with pytest.raises(ValueError, match="clip_to"):
-        decode_boxes(torch.rand(3, 4), torch.rand(3, 4), clip_to=torch.tensor([1, 2, 3]))
+        decode_boxes(boxes, boxes, (1.0, 1.0))
+    with pytest.raises(ValueError, match=r"clip_to .* \[3, 2\], got \[3\]"):
+        decode_boxes(boxes, boxes, clip_to=torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match=r"clip_to .* \[3, 2\], got \[5, 1, 2\]"):
+        decode_boxes(boxes, boxes, clip_to=torch.ones(5, 1, 2))
+    with pytest.raises(ValueError, match=r"clip_to .* got \(5,\)"):
+        decode_boxes(boxes, boxes, clip_to=(5,))
+    with pytest.raises(ValueError, match=r"rel_codes .* \[3, 6\]"):
+        BoxCoder(WEIGHTS).decode(torch.rand(3, 6), boxes)
+
+
+def step(deltas, anchors, boxes, sizes):
+    """Both coders, both ways; -> losses and gradients."""
+    leaf = deltas.detach().requires_grad_()
+    decoded = decode_boxes(leaf, anchors, WEIGHTS, sizes[:, None])
+    inside = decode_boxes(leaf, anchors, WEIGHTS, (50, 60), inclusive=True)
+    encoded = encode_boxes(boxes, anchors, WEIGHTS)
+    (grad,) = torch.autograd.grad(decoded.square().sum() + inside.sum(), leaf)
+    return decoded, inside, encoded, grad
+
+
+@pytest.mark.gpu
+def test_no_host_synchronisation_and_graph():
+    def inputs():
+        sizes = torch.tensor([[60, 80], [90, 50]], dtype=torch.int32)
+        return torch.randn(2, 999, 4), random_boxes(999), random_boxes(2, 999), sizes
+
+    static = inputs()
+    step(*static)  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(*static)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(*static)
+    for _ in range(2):
+        changed = inputs()
+        for old, new in zip(static, changed, strict=True):
+            old.copy_(new)
+        graph.replay()
+        want = step(*(x.cpu() for x in changed))
+        torch.testing.assert_close([x.cpu() for x in results], list(want), rtol=1e-5, atol=1e-4)

@@ -2,10 +2,6 @@ import pytest
 import torch
 import torchvision.ops as tv
 from support import DEVICE
-from torch._dynamo import config as dynamo_config
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.library import opcheck
 
 from fastrcnn.ops import boxes as ours
 
@@ -53,7 +49,7 @@ def test_by_hand():
     ).tolist() == [0]
 
 
-def test_nan_zero_sizes_and_strides():
+def test_nan_and_zero_sizes():
     boxes = random_boxes(4)
     boxes[0, 0] = float("nan")
     assert ours.box_iou(boxes, boxes)[0].isnan().all()
@@ -63,44 +59,12 @@ def test_nan_zero_sizes_and_strides():
     assert ours.box_iou(empty, boxes).shape == (0, 4)
     assert ours.box_area(empty).shape == ours.remove_small_boxes(empty, 1.0).shape == (0,)
     assert ours.box_convert(empty, "xyxy", "xywh").shape == ours.clip_boxes_to_image(empty, (5, 5)).shape == (0, 4)
-    strided = boxes.t().contiguous().t()
-    same(ours.box_iou(strided, strided), tv.box_iou(boxes, boxes))
-    same(ours.clip_boxes_to_image(strided, (9, 9)), tv.clip_boxes_to_image(boxes, (9, 9)))
 
 
 def test_gradients():
     a, b = random_boxes(5, dtype=torch.float64).requires_grad_(), random_boxes(3, dtype=torch.float64).requires_grad_()
     torch.autograd.gradcheck(ours.box_iou, (a, b))
     torch.autograd.gradcheck(lambda x: ours.box_convert(x, "xyxy", "cxcywh"), (a,))
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck(requires_grad):
-    a, b = random_boxes(5).requires_grad_(requires_grad), random_boxes(3).requires_grad_(requires_grad)
-    opcheck(ours.AREA, (a, "xywh"))
-    opcheck(ours.IOU, (a, b))
-    opcheck(ours.CONVERT, (a, "xyxy", "cxcywh"))
-    opcheck(ours.CLIP, (a, [33, 44]))
-    opcheck(ours.REMOVE_SMALL, (a, 12.0))
-
-
-def test_compile():
-    def function(a, b):
-        clipped = ours.clip_boxes_to_image(ours.box_convert(a, "xywh", "xyxy"), (33, 44))
-        return ours.box_iou(clipped, b), ours.box_area(clipped)
-
-    arguments = random_boxes(5), random_boxes(3)
-    same(torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments), function(*arguments))
-    with dynamo_config.patch(capture_dynamic_output_shape_ops=True):
-        compiled = torch.compile(ours.remove_small_boxes, fullgraph=True, backend="aot_eager")
-        same(compiled(arguments[0], 12.0), ours.remove_small_boxes(arguments[0], 12.0))
-
-
-def test_fake_tensors():
-    with FakeTensorMode(shape_env=ShapeEnv()):
-        boxes = torch.empty(5, 4)
-        assert ours.box_iou(boxes, torch.empty(3, 4, dtype=torch.float16)).shape == (5, 3)
-        assert ours.remove_small_boxes(boxes, 1.0).dtype == torch.int64
 
 
 @pytest.mark.parametrize(

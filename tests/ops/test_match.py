@@ -107,9 +107,13 @@ def test_opcheck_compile_and_fake():
     arguments = valid, 0.5, 0.3, True
     opcheck(MATCH, (boxes, gt, *arguments))
     opcheck(MATCH, (boxes[0], gt.half(), *arguments))
+    for requires_grad in (False, True):
+        leaves = boxes.clone().requires_grad_(requires_grad), gt.clone().requires_grad_(requires_grad)
+        matched, iou = match_boxes(*leaves, *arguments)
+        assert not matched.requires_grad
+        assert not iou.requires_grad
     compiled = torch.compile(match_boxes, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(boxes, gt, *arguments), match_boxes(boxes, gt, *arguments))
-    assert not match_boxes(boxes.requires_grad_(), gt, *arguments)[1].requires_grad
     with FakeTensorMode():
         empty = torch.empty(3, 4, dtype=torch.bool)
         matched, iou = match_boxes(torch.empty(11, 4), torch.empty(3, 4, 4), empty, 0.7, 0.3, True)
@@ -118,9 +122,72 @@ def test_opcheck_compile_and_fake():
 
 def test_errors():
     boxes, gt, valid = random_boxes(2, 9), random_boxes(2, 3), torch.ones(2, 3, dtype=torch.bool, device=DEVICE)
+    rest = 0.5, 0.5, False
     with pytest.raises(ValueError, match="low"):
         match_boxes(boxes, gt, valid, 0.3, 0.5, False)
+    with pytest.raises(ValueError, match=r"boxes must have the shape .* \[2, 9, 3\]"):
+        match_boxes(boxes[..., :3], gt, valid, *rest)
     with pytest.raises(ValueError, match="gt_valid"):
-        match_boxes(boxes, gt, valid[:, :2], 0.5, 0.5, False)
+        match_boxes(boxes, gt, valid[:, :2], *rest)
     with pytest.raises(ValueError, match="3 images"):
-        match_boxes(random_boxes(3, 9), gt, valid, 0.5, 0.5, False)
+        match_boxes(random_boxes(3, 9), gt, valid, *rest)
+    with pytest.raises(ValueError, match=r"boxes must be of floating point, got torch\.int64"):
+        match_boxes(boxes.long(), gt, valid, *rest)
+    with pytest.raises(ValueError, match=r"gt_valid must be of torch\.bool, got torch\.float32"):
+        match_boxes(boxes, gt, valid.float(), *rest)
+    with pytest.raises(ValueError, match="gt_boxes must be on the device of boxes"):
+        match_boxes(boxes, gt.to("meta"), valid, *rest)
+
+
+def step_inputs():
+    boxes, gt, valid = random_boxes(3, 5000, integer=True), random_boxes(3, 16), torch.rand(3, 16, device=DEVICE) > 0.5
+    boxes[0, 7] = gt[1, 1] = float("nan")
+    return boxes, gt, valid
+
+
+def both(boxes, gt, valid):
+    return *match_boxes(boxes, gt, valid, 0.7, 0.3, True), *match_boxes(boxes[0], gt, valid, 0.5, 0.5, False)
+
+
+@pytest.mark.gpu
+def test_no_host_synchronisation_and_graph():
+    static = step_inputs()
+    both(*static)  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        both(*static)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = both(*static)
+    for _ in range(2):
+        changed = step_inputs()
+        for old, new in zip(static, changed, strict=True):
+            old.copy_(new)
+        graph.replay()
+        want = both(*(x.cpu() for x in changed))
+        torch.testing.assert_close([x.cpu() for x in results], list(want), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_many_anchors_on_the_gpu():
+    boxes, gt, valid = random_boxes(267_000), random_boxes(8, 128), torch.rand(8, 128, device=DEVICE) > 0.3
+    got = [match_boxes(boxes, gt, valid, 0.7, 0.3, True) for _ in range(2)]
+    torch.testing.assert_close(got[0], got[1], rtol=0, atol=0)
+    want = match_boxes(boxes.cpu(), gt.cpu(), valid.cpu(), 0.7, 0.3, True)
+    torch.testing.assert_close([x.cpu() for x in got[0]], list(want), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_memory_is_independent_of_ground_truths():
+    boxes = random_boxes(1 << 20)
+    peaks = []
+    for slots in (1, 512):
+        gt, valid = random_boxes(1, slots), torch.ones(1, slots, dtype=torch.bool, device=DEVICE)
+        match_boxes(boxes, gt, valid, 0.7, 0.3, True)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        match_boxes(boxes, gt, valid, 0.7, 0.3, True)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] < peaks[0] + (1 << 20)

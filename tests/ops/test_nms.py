@@ -173,6 +173,20 @@ def test_errors_name_the_argument():
         nms(boxes[0], scores[0].double(), 0.5)
     with pytest.raises(RuntimeError, match="idxs"):
         batched_nms(boxes[0], scores[0], torch.zeros(4), 0.5)
+    with pytest.raises(RuntimeError, match=r"boxes must be of floating point, got torch.int32"):
+        nms(boxes[0].int(), scores[0].int(), 0.5)
+    with pytest.raises(RuntimeError, match=r"scores must be on the device of boxes, cpu, got meta"):
+        nms(boxes[0], scores[0].to("meta"), 0.5)
+    with pytest.raises(RuntimeError, match=r"idxs must be on the device of boxes, cpu, got meta"):
+        batched_nms(boxes[0], scores[0], torch.zeros(5, device="meta"), 0.5)
+    with pytest.raises(ValueError, match=r"scores must be of floating point, got torch.int64"):
+        nms_padded(boxes, scores.long(), 0.5, 3)
+    with pytest.raises(ValueError, match=r"labels must be integers, got torch.float32"):
+        nms_padded(boxes, scores, 0.5, 3, labels=scores)
+    with pytest.raises(ValueError, match=r"valid must be bool, got torch.uint8"):
+        nms_padded(boxes, scores, 0.5, 3, valid=torch.ones(2, 5, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"labels must be on the device of boxes, cpu, got meta"):
+        nms_padded(boxes, scores, 0.5, 3, labels=torch.ones(2, 5, dtype=torch.int64, device="meta"))
     with pytest.raises(ValueError, match="boxes must be"):
         nms_padded(boxes[0], scores, 0.5, 3)
     for name in ("labels", "valid"):
@@ -231,15 +245,100 @@ def test_traces_without_data():
         assert (indices.shape, counts.shape) == ((2, 1000), (2,))
 
 
+def test_categories_of_any_dtype():
+    boxes, scores = clustered_boxes(90).to(DEVICE), torch.rand(90, device=DEVICE)
+    idxs = torch.randint(0, 2, (90,), device=DEVICE)
+    want = torchvision.ops.batched_nms(boxes, scores, idxs, 0.5)
+    for same in (idxs.bool(), idxs.byte(), idxs - 2**62, idxs * 0.5, idxs.half() - 3):
+        assert batched_nms(boxes, scores, same, 0.5).equal(want)
+
+
+def test_boxes_that_are_not_finite():
+    """As in torchvision they stay, and NaN scores come first; the padded form never keeps either."""
+    sets = awkward_sets(1, 200)
+    boxes, scores = sets["boxes"][0], sets["scores"][0]
+    want = torchvision.ops.nms(boxes, scores, 0.4)
+    for implementation in (nms, reference.nms):
+        assert implementation(boxes.to(DEVICE), scores.to(DEVICE), 0.4).cpu().equal(want)
+    indices, counts = nms_padded(boxes[None].to(DEVICE), scores[None].to(DEVICE), 0.4, 200)
+    kept = indices[0, : counts[0]].cpu()
+    assert boxes[kept].isfinite().all()
+    assert scores[kept].isfinite().all()
+
+
+def far_from_threshold(n: int, threshold: float) -> torch.Tensor:
+    """Boxes in a grid of cells, each overlapping only those of its cell, with IoU at least 1e-4 off the threshold.
+
+    torchvision's CUDA code may contract multiply and add, and then decides otherwise very close to the threshold.
+    """
+    cells = torch.randint(0, max(n // 8, 1), (n,))
+    corner = torch.stack([cells % 256, cells // 256], 1) * 100.0
+    start = torch.randint(0, 10, (n,)) * 2.0
+    side = 20 + torch.randint(0, 10, (n,)) * 2.0  # IoUs are quotients of small integers
+    low, high = corner[:, 0] + start, corner[:, 0] + start + side
+    boxes = torch.stack([low, corner[:, 1], high, corner[:, 1] + 50], 1)
+    values = torch.arange(1, 30)
+    distance = (values[:, None] / values[None, :] - threshold).abs()
+    assert distance.min() > 1e-4
+    return boxes
+
+
+GPU_CASES = [(1000, 1000), (6000, 100), (6000, 6000), (40_000, 40_000)]  # segmented, and bitmask of one and more bands
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("n", [1000, 5000])
-def test_no_host_synchronisation(n):
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize(("n", "max_output"), GPU_CASES)
+def test_no_host_synchronisation(n, max_output, labelled):
     boxes, scores = clustered_boxes(2, n, spread=900).cuda(), torch.rand(2, n).cuda()
-    labels = torch.randint(0, 3, (2, n)).cuda()
-    nms_padded(boxes, scores, 0.5, 100, labels)
+    labels = torch.randint(0, 3, (2, n)).cuda() if labelled else None
+    nms_padded(boxes, scores, 0.5, max_output, labels)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        indices, _ = nms_padded(boxes, scores, 0.5, 100, labels)
+        indices, counts = nms_padded(boxes, scores, 0.5, max_output, labels)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert indices.cpu().equal(nms_padded(boxes.cpu(), scores.cpu(), 0.5, 100, labels.cpu())[0])
+    labels = None if labels is None else labels.cpu()
+    want, want_counts = nms_padded(boxes.cpu(), scores.cpu(), 0.5, max_output, labels)
+    assert indices.cpu().equal(want)
+    assert counts.cpu().equal(want_counts)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize(("n", "max_output"), GPU_CASES)
+def test_replays_in_a_graph_with_other_inputs(n, max_output, labelled):
+    def inputs():
+        labels = torch.randint(0, 3, (2, n)) if labelled else None
+        found = clustered_boxes(2, n, spread=900), torch.rand(2, n), labels, torch.rand(2, n) < 0.9
+        return [None if x is None else x.cuda() for x in found]
+
+    def call(boxes, scores, labels, valid):
+        return nms_padded(boxes, scores, 0.5, max_output, labels, valid)
+
+    buffers = inputs()
+    call(*buffers)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(*buffers)
+    for _ in range(2):
+        for buffer, value in zip(buffers, inputs(), strict=True):
+            if buffer is not None:
+                buffer.copy_(value)
+        graph.replay()
+        want = call(*(None if x is None else x.cpu() for x in buffers))
+        assert all(map(torch.equal, (x.cpu() for x in captured), want))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [10, 1000, 3000, 10_000, 50_000])
+def test_ragged_equals_torchvisions_cuda(n):
+    boxes, scores = far_from_threshold(n, 0.4321).cuda(), torch.randperm(n).float().cuda()
+    assert nms(boxes, scores, 0.4321).equal(torchvision.ops.nms(boxes, scores, 0.4321))
+
+
+@pytest.mark.gpu
+def test_many_boxes_of_many_categories():
+    boxes, scores = far_from_threshold(100_000, 0.4321).cuda(), torch.randperm(100_000).float().cuda()
+    idxs = torch.randint(0, 80, (100_000,)).cuda()
+    assert batched_nms(boxes, scores, idxs, 0.4321).equal(torchvision.ops.batched_nms(boxes, scores, idxs, 0.4321))

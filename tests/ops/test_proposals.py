@@ -154,11 +154,22 @@ def test_numbers_that_are_not_finite_are_dropped():
     assert (boxes == 0).all()
 
 
+def operator_arguments(network, per_batch=False) -> tuple:
+    strides = [s for stride in STRIDES for s in stride]
+    tensors = [network[name] for name in ("logits", "deltas", "cell_anchors", "image_sizes")]
+    return *tensors, strides, *OPTIONS.values(), [1.0, 1.0, 1.0, 1.0], per_batch
+
+
+@pytest.mark.filterwarnings("error")
 def test_no_gradient():
     network = outputs()
-    for x in network["logits"] + network["deltas"]:
+    for x in network["logits"] + network["deltas"] + network["cell_anchors"]:
         x.requires_grad_()
-    assert not any(x.requires_grad for x in select_proposals(**network, **OPTIONS))
+    for found in (
+        select_proposals(**network, **OPTIONS),
+        torch.ops.fastrcnn.select_proposals(*operator_arguments(network)),
+    ):
+        assert not any(x.requires_grad for x in found)
 
 
 def test_memory_format_does_not_matter():
@@ -199,32 +210,65 @@ def test_errors():
     cells = [c[:2] if i == 1 else c for i, c in enumerate(network["cell_anchors"])]
     with pytest.raises(ValueError, match="level 1: 2 cell anchors"):
         select_proposals(**network | {"cell_anchors": cells}, **OPTIONS)
-    with pytest.raises(ValueError, match="image_sizes"):
-        select_proposals(**network | {"image_sizes": network["image_sizes"][:1]}, **OPTIONS)
+    with pytest.raises(ValueError, match=r"level 2: 1 cell anchors want logits \[2, 1, h, w\] .* got \[1, 1, 2, 3\]"):
+        select_proposals(**network | {"logits": [*network["logits"][:2], network["logits"][2][:1]]}, **OPTIONS)
+    for name, change, wanted in (
+        ("image_sizes", lambda x: x[:1], r"image_sizes must be \[B, 2\] = \[2, 2\], got \[1, 2\]"),
+        ("image_sizes", lambda x: x.float(), "image_sizes must be integers, got torch.float32"),
+        ("image_sizes", lambda x: x.to("meta"), r"image_sizes must be on the device of logits\[0\], .*, got meta"),
+        ("deltas", lambda x: [*x[:2], x[2].long()], r"deltas\[2\] must be of floating point, got torch.int64"),
+        ("cell_anchors", lambda x: [x[0].to("meta"), *x[1:]], r"cell_anchors\[0\] must be on the device of logits"),
+        ("cell_anchors", lambda x: [x[0][:, :3], *x[1:]], r"cell_anchors\[0\] must be \[A, 4\], got \[3, 3\]"),
+        ("logits", lambda x: [x[0][0], *x[1:]], "level 0: 3 cell anchors want logits"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            select_proposals(**network | {name: change(network[name])}, **OPTIONS)
+    with pytest.raises(ValueError, match="weights must be 4 numbers"):
+        select_proposals(**network, **OPTIONS, weights=(1.0, 1.0))
+    with pytest.raises(ValueError, match="post_nms_top_n must not be negative, got -1"):
+        select_proposals(**network, **OPTIONS | {"post_nms_top_n": -1})
 
 
-def test_opcheck():
+@pytest.mark.parametrize("gradient", [False, True])
+def test_opcheck(gradient):
     network = outputs()
-    torch.library.opcheck(
-        torch.ops.fastrcnn.select_proposals.default,
-        (
-            network["logits"],
-            network["deltas"],
-            network["cell_anchors"],
-            network["image_sizes"],
-            [s for stride in STRIDES for s in stride],
-            *OPTIONS.values(),
-            [1.0, 1.0, 1.0, 1.0],
-            True,
-        ),
-    )
+    for x in network["logits"] + network["deltas"]:
+        x.requires_grad_(gradient)
+    torch.library.opcheck(torch.ops.fastrcnn.select_proposals.default, operator_arguments(network, per_batch=True))
+
+
+def test_exports_to_one_node():
+    class Model(torch.nn.Module):
+        def forward(self, network):
+            return select_proposals(**network, strides=STRIDES, **OPTIONS)
+
+    network = outputs()
+    del network["strides"]
+    program = torch.export.export(Model(), (network,))
+    ours = [node for node in program.graph.nodes if "fastrcnn" in str(node.target)]
+    assert [node.target for node in ours] == [torch.ops.fastrcnn.select_proposals.default]
+    assert all(map(torch.equal, program.module()(network), Model()(network)))
+
+
+def test_order_does_not_end_where_the_score_is_one():
+    """Logits beyond 17 have float32 score 1: the greater still comes first."""
+    network = outputs()
+    network["logits"] = [x + 100 * (level + 1) for level, x in enumerate(network["logits"])]
+    boxes, scores, valid = select_proposals(**network, **OPTIONS)
+    assert scores[valid].eq(1).all()
+    last = {name: network[name][2:] for name in ("logits", "deltas", "cell_anchors", "strides")}
+    want, _, of_last = select_proposals(**network | last, **OPTIONS)
+    count = int(of_last[0].sum())
+    assert boxes[0, :count].equal(want[0, :count])
 
 
 def test_compiles():
     network = outputs()
-    compiled = torch.compile(select_proposals, fullgraph=True, backend="aot_eager")
-    for got, want in zip(compiled(**network, **OPTIONS), select_proposals(**network, **OPTIONS), strict=True):
-        assert got.equal(want)
+    compiled = torch.compile(select_proposals, fullgraph=True, backend="aot_eager", dynamic=True)
+    smaller = network | {name: [x[..., 1:] for x in network[name]] for name in ("logits", "deltas")}
+    for inputs in (network, smaller):
+        for got, want in zip(compiled(**inputs, **OPTIONS), select_proposals(**inputs, **OPTIONS), strict=True):
+            assert got.equal(want)
 
 
 def test_traces_without_data():

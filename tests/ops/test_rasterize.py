@@ -169,7 +169,8 @@ def test_opcheck_compile_fake_and_strides():
 
 
 def test_errors():
-    edges, parts, boxes, matched = torch.rand(2, 3, 7, 4), torch.zeros(2, 3, 7), torch.rand(2, 5, 4), torch.zeros(2, 5)
+    edges, parts = torch.rand(2, 3, 7, 4), torch.zeros(2, 3, 7, dtype=torch.int64)
+    boxes, matched = torch.rand(2, 5, 4), torch.zeros(2, 5, dtype=torch.int64)
     with pytest.raises(ValueError, match="parts"):
         rasterize_polygons(edges, parts[:, :2], 1, boxes, matched, 14)
     with pytest.raises(ValueError, match="matched"):

@@ -285,9 +285,23 @@ def test_errors():
         ((maps, boxes[0], *SETTINGS), r"boxes must be \[B, R, 4\] or \[K, 5\]: got \(4, 4\)"),
         ((maps, boxes[:1], *SETTINGS), "boxes are of 1 images and features of 2"),
         ((maps, boxes, *SETTINGS, torch.ones(2, 4)), r"valid must be bool \(2, 4\)"),
+        (([m.int() for m in maps], boxes, *SETTINGS), r"features\[0\] must be of floating point, got torch.int32"),
+        ((maps, boxes.long(), *SETTINGS), "boxes must be of floating point, got torch.int64"),
+        ((maps, boxes.to("meta"), *SETTINGS), r"boxes must be on the device of features\[0\], cpu, got meta"),
+        (([*maps[:2], maps[2].to("meta")], boxes, *SETTINGS), r"features\[2\] must be on the device"),
     ):
         with pytest.raises(ValueError, match=message):
             multilevel_roi_align(*arguments)
+    rois = rois_in(20, 16, 2, 3)
+    for arguments, message in (
+        ((x[0], rois, 2), r"input must be \[N, C, H, W\]: got \(5, 16, 20\)"),
+        ((x.int(), rois, 2), "input must be of floating point, got torch.int32"),
+        ((x, rois.int(), 2), "boxes must be of floating point, got torch.int32"),
+        ((x, [rois[:1, 1:].int(), rois[1:, 1:].int()], 2), "boxes must be of floating point, got torch.int32"),
+        ((x, rois.to("meta"), 2), "boxes must be on the device of input, cpu, got meta"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            roi_align(*arguments)
     maps, grad = pyramid(requires_grad=True), torch.ones(8, 5, 3, 2, requires_grad=True)
     first, *_ = torch.autograd.grad(multilevel_roi_align(maps, boxes, *SETTINGS), maps, grad, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

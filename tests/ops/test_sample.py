@@ -88,4 +88,4 @@ def test_errors():
     with pytest.raises(ValueError, match="labels"):
         sample_balanced(torch.zeros(3), 4, 0.5)
     with pytest.raises(ValueError, match="positive_fraction"):
-        sample_balanced(torch.zeros(3, 4), 4, 1.5)
+        sample_balanced(torch.zeros(3, 4, dtype=torch.int64), 4, 1.5)

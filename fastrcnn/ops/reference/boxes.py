@@ -1,8 +1,9 @@
 """Definition of the box utilities, torchvision's, as compositions of PyTorch's operators."""
 
 import torch
-import torchvision
 from torch import Tensor
+from torchvision.ops import box_convert as torchvision_box_convert
+from torchvision.ops import box_iou as torchvision_box_iou
 
 FORMATS = ("xyxy", "xywh", "cxcywh")
 
@@ -18,7 +19,7 @@ def box_area(boxes: Tensor, fmt: str = "xyxy") -> Tensor:
 
 def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy") -> Tensor:
     if fmt not in FORMATS:  # rotated boxes
-        return torchvision.ops.box_iou(boxes1, boxes2, fmt)
+        return torchvision_box_iou(boxes1, boxes2, fmt)
     area1, area2 = box_area(boxes1, fmt), box_area(boxes2, fmt)
     (low1, high1), (low2, high2) = _corners(boxes1, fmt), _corners(boxes2, fmt)
     low = torch.maximum(low1[..., :, None, :], low2[..., None, :, :])
@@ -30,7 +31,7 @@ def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy") -> Tensor:
 
 def box_convert(boxes: Tensor, in_fmt: str, out_fmt: str) -> Tensor:
     if in_fmt not in FORMATS or out_fmt not in FORMATS:  # rotated boxes
-        return torchvision.ops.box_convert(boxes, in_fmt, out_fmt)
+        return torchvision_box_convert(boxes, in_fmt, out_fmt)
     if in_fmt == out_fmt:
         return boxes.clone()
     a, b, c, d = boxes.unbind(-1)

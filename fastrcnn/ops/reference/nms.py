@@ -35,7 +35,9 @@ def greedy(boxes: Tensor, candidates: Tensor, iou_threshold: float, labels: Tens
 
 def usable_boxes(boxes: Tensor, scores: Tensor, valid: Tensor | None) -> Tensor:
     """bool [S, N]: valid, with finite box and score."""
-    usable = boxes.isfinite().all(-1) & scores.isfinite()
+    usable = (boxes * 0).sum(
+        -1
+    ) == scores * 0  # 0 == 0; NaN where something is not finite. Half the kernels of isfinite
     return usable if valid is None else usable & valid
 
 

@@ -37,19 +37,19 @@ def select_proposals(
             valid = level_logits.isfinite() & level_deltas.isfinite().all(1) & (sides >= min_size).all(1)
             ranked = torch.where(level_logits.isfinite(), level_logits, float("-inf"))
             top = ranked.topk(min(pre_nms_top_n, len(ranked))).indices
-            scores = torch.sigmoid(level_logits[top].to(boxes.dtype))
-            boxes, valid = boxes[top], valid[top]
+            best, boxes, valid = level_logits[top].to(boxes.dtype), boxes[top], valid[top]
             count = min(post_nms_top_n, len(top))
-            kept = nms_padded(boxes[None], scores[None], nms_threshold, count, valid=valid[None])[0][0]
-            levels.append((boxes[kept], scores[kept], kept >= 0))
-        boxes, scores, valid = (torch.cat(parts) for parts in zip(*levels, strict=True))
-        order = torch.where(valid, scores, -1).sort(descending=True, stable=True).indices[:max_proposals]
-        images.append((boxes[order], scores[order], valid[order]))
-    boxes, scores, valid = (torch.stack(parts) for parts in zip(*images, strict=True))  # [B, P, ...]
+            kept = nms_padded(boxes[None], best[None], nms_threshold, count, valid=valid[None])[0][0]
+            levels.append((boxes[kept], torch.where(kept >= 0, best[kept], float("-inf"))))
+        boxes, best = (torch.cat(parts) for parts in zip(*levels, strict=True))
+        order = best.sort(descending=True, stable=True).indices[:max_proposals]
+        images.append((boxes[order], best[order]))
+    boxes, best = (torch.stack(parts) for parts in zip(*images, strict=True))  # [B, P, ...]
+    valid = best.isfinite()
     if per_batch:
-        order = torch.where(valid, scores, -1).flatten().sort(descending=True, stable=True).indices
+        order = best.flatten().sort(descending=True, stable=True).indices
         valid = valid & (order.argsort().view_as(valid) < max_proposals)
-    return torch.where(valid[..., None], boxes, 0), torch.where(valid, scores, 0), valid
+    return torch.where(valid[..., None], boxes, 0), torch.where(valid, torch.sigmoid(best), 0), valid
 
 
 def _decoded(deltas: Tensor, anchors: Tensor, size: Tensor, weights: Sequence[float]) -> Tensor:

@@ -1,0 +1,1 @@
+"""Benchmarks of the operators and of whole steps: `pytest benchmarks/ --benchmark-json=FILE`."""
