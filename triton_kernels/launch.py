@@ -78,7 +78,7 @@ def _nearest(kernel: str, rule: Launch, capability: str, sizes: tuple[tuple[str,
     best, chosen = math.inf, rule
     for entry in load_table().get(capability, {}).get("kernels", {}).get(kernel, []):
         if entry["sizes"].keys() != dict(sizes).keys():
-            raise ValueError(f"{TABLE_PATH.name}: {kernel} is measured by {entry['sizes']}, and chosen by {dict(sizes)}")
+            raise ValueError(f"{TABLE_PATH.name}: {kernel} has {entry['sizes']}, and is asked for {dict(sizes)}")
         distances = [abs(math.log2(value / entry["sizes"][name])) for name, value in sizes]
         if max(distances) < FAR and sum(distances) < best:
             best, chosen = sum(distances), Launch(**entry["launch"])

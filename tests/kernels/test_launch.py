@@ -45,7 +45,7 @@ def test_other_devices_and_kernels_take_the_rule(table):
 
 def test_sizes_of_another_name_are_an_error(table):
     table("sm_90", {"pool": ENTRIES})
-    with pytest.raises(ValueError, match=r"launch_table.json: pool is measured by .*itemsize.* chosen by .*rows"):
+    with pytest.raises(ValueError, match=r"launch_table.json: pool has .*itemsize.* asked for .*rows"):
         launch.choose("pool", RULE, rows=64)
 
 
