@@ -116,17 +116,6 @@ ENTRIES = [
         },
     ),
     Entry(
-        "soft_nms_padded",
-        lambda b, n: {
-            "boxes": boxes_of(b, n),
-            "scores": torch.rand(b, n),
-            "max_output": 4,
-            "method": "gaussian",
-            "labels": torch.arange(b * n).view(b, n) % 2,
-            "valid": torch.rand(b, n) < 0.8,
-        },
-    ),
-    Entry(
         "grid_anchors",
         lambda _, n: {
             "grid_sizes": [(4, n), (2, 3)],
