@@ -104,10 +104,11 @@ def number(value: float | None, digits: int = 1) -> str:
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Markdown; columns after the first two are aligned to the right."""
-    header = list(header)
+    """Markdown, without columns that are empty; columns after the first two are aligned to the right."""
+    header, rows = list(header), [list(row) for row in rows]
+    used = [i for i in range(len(header)) if any(row[i] != MISSING for row in rows)]
     rules = ["---", "---", *["---:"] * (len(header) - 2)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rules, *rows))
+    return "\n".join("| " + " | ".join(cells[i] for i in used) + " |" for cells in (header, rules, *rows))
 
 
 def operator_table(rows: list[Row]) -> str:
