@@ -1,5 +1,8 @@
-"""Trained weights, recognised by content: fastrcnn's own checkpoints and torchvision's detectors."""
+"""Trained weights of five projects, recognised by content, fetched by name, and exported again."""
 
-from fastrcnn.weights.loading import Report, WeightError, load, read_state
+from fastrcnn.weights.classes import select_classes
+from fastrcnn.weights.download import fetch
+from fastrcnn.weights.errors import WeightError
+from fastrcnn.weights.loading import Report, Weights, export, load, read_state
 
-__all__ = ["Report", "WeightError", "load", "read_state"]
+__all__ = ["Report", "WeightError", "Weights", "export", "fetch", "load", "read_state", "select_classes"]

@@ -9,8 +9,8 @@ from torchvision.models import resnet18, resnet50
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 import fastrcnn
+from fastrcnn.config.conventions import CONVENTIONS
 from fastrcnn.weights import WeightError, load, read_state
-from fastrcnn.weights.torchvision import convert
 
 
 @pytest.fixture(scope="module")
@@ -28,22 +28,9 @@ def build(repository, *overrides):
 
 def test_every_torchvision_tensor_finds_its_place(repository, torchvision_state):
     own = {name: tuple(value.shape) for name, value in build(repository).state_dict().items()}
-    theirs = {name: tuple(value.shape) for name, value in convert(torchvision_state).items()}
+    theirs = {name: tuple(value.shape) for name, value in read_state(torchvision_state).state.items()}
     theirs = {name: shape for name, shape in theirs.items() if not name.endswith("num_batches_tracked")}
     assert theirs == own
-
-
-def test_names_before_torchvision_0_14(torchvision_state):
-    """Those had no `.0` after the convolutions of the pyramid and of the heads, and mask_fcn1 to mask_fcn4."""
-    old = {}
-    for name, value in torchvision_state.items():
-        name = name.replace("rpn.head.conv.0.0.", "rpn.head.conv.")
-        for k in range(4):
-            name = name.replace(f"_blocks.{k}.0.", f"_blocks.{k}.")
-            name = name.replace(f"mask_head.{k}.0.", f"mask_head.mask_fcn{k + 1}.")
-        old[name] = value
-    assert old.keys() != torchvision_state.keys()
-    assert convert(old).keys() == convert(torchvision_state).keys()
 
 
 def test_report_lists_what_did_not_fit():
@@ -93,7 +80,9 @@ def test_hostile_and_broken_files_are_refused(tmp_path, monkeypatch):
     torch.save({"weight": Hostile()}, tmp_path / "evil_zip.pth")
     (tmp_path / "torn.pth").write_bytes(b"PK\x03\x04 not a checkpoint")
     torch.save([1, 2, 3], tmp_path / "list.pth")
-    for name in ("evil.pth", "evil_zip.pth", "torn.pth", "list.pth"):
+    (tmp_path / "list.pkl").write_bytes(pickle.dumps([1, 2, 3]))
+    (tmp_path / "empty.pkl").write_bytes(pickle.dumps({"blobs": {}}))
+    for name in ("evil.pth", "evil_zip.pth", "torn.pth", "list.pth", "list.pkl", "empty.pkl"):
         with pytest.raises(WeightError, match=name):
             read_state(tmp_path / name)
     assert not (tmp_path / "owned.txt").exists()
@@ -135,9 +124,15 @@ def test_other_conventions_are_told(repository, torchvision_state):
         load(build(repository), torchvision_state)
 
 
-def test_addresses_are_refused(repository):
-    with pytest.raises(WeightError, match=r"catalog://ImageNetPretrained/MSRA/R-50: addresses"):
-        read_state("catalog://ImageNetPretrained/MSRA/R-50")
+def test_two_names_of_the_same_conventions(monkeypatch):
+    monkeypatch.setitem(CONVENTIONS, "one", CONVENTIONS["torchvision"])
+    model = torch.nn.Linear(2, 2)
+    model.conventions = "torchvision"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(model, {"model": model.state_dict(), "conventions": "one"})
+    with pytest.warns(UserWarning, match="conventions 'modern'"):
+        load(model, {"model": model.state_dict(), "conventions": "modern"})
 
 
 def test_nothing_in_common_is_an_error():
