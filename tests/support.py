@@ -1,6 +1,7 @@
 """Helpers that several test modules import."""
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -22,3 +23,13 @@ def assert_accurate(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -
     worst = error.max() / want.double().abs().max().clamp(min=1e-30)
     assert rms <= rms_limit, f"relative RMS error {rms:.2e} over {rms_limit:.0e}"
     assert worst <= max_limit, f"relative maximum error {worst:.2e} over {max_limit:.0e}"
+
+
+def without_values(model: torch.nn.Module, mode: FakeTensorMode) -> torch.nn.Module:
+    """The model with parameters and buffers that have a shape and a device only."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            module._parameters[name] = torch.nn.Parameter(mode.from_tensor(parameter.data), parameter.requires_grad)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = mode.from_tensor(buffer)
+    return model

@@ -37,7 +37,9 @@ def _pick(level, values):
 
 
 @triton.jit
-def _locate(n, boxes_ptr, valid_ptr, images, boxes_per_image, areas, PADDED: tl.constexpr, HAS_VALID: tl.constexpr):
+def _locate(
+    n, boxes_ptr, valid_ptr, images, boxes_per_image, areas, inset, PADDED: tl.constexpr, HAS_VALID: tl.constexpr
+):
     """Box n: image, level, corners in image pixels, and whether it is to be pooled."""
     if PADDED:  # [B, R, 4]
         p = boxes_ptr + n * 4
@@ -58,7 +60,7 @@ def _locate(n, boxes_ptr, valid_ptr, images, boxes_per_image, areas, PADDED: tl.
     area = (x2 - x1) * (y2 - y1)
     level = (area >= areas[0]).to(tl.int32) + (area >= areas[1]).to(tl.int32)
     level += (area >= areas[2]).to(tl.int32) + (area >= areas[3]).to(tl.int32)
-    return image, level, x1, y1, x2, y2, usable
+    return image, level, x1, y1, x2 - inset, y2 - inset, usable
 
 
 @triton.jit
@@ -146,6 +148,7 @@ def _regions(
     w,
     s,
     areas,
+    inset,
     images,
     boxes_per_image,
     PH: tl.constexpr,
@@ -157,7 +160,7 @@ def _regions(
 ):
     """Box n: image, level, its two axes in that level's pixels, and whether it has a sample."""
     image, level, x1, y1, x2, y2, usable = _locate(
-        n, boxes_ptr, valid_ptr, images, boxes_per_image, areas, PADDED, HAS_VALID
+        n, boxes_ptr, valid_ptr, images, boxes_per_image, areas, inset, PADDED, HAS_VALID
     )
     height = _pick(level, h)
     width = _pick(level, w)
@@ -229,6 +232,7 @@ def roi_align_forward_kernel(
     t2,
     t3,
     t4,
+    inset,
     images,
     boxes_per_image,
     C: tl.constexpr,
@@ -244,7 +248,8 @@ def roi_align_forward_kernel(
 ):
     """out [N, C, PH, PW] from the maps f0 … f4 [B, C, h, w].
 
-    s0 … s4: scales; t1 … t4: the areas from which on a box belongs to the next level. Grid: (N · PH, blocks of C), a
+    s0 … s4: scales; t1 … t4: the areas from which on a box belongs to the next level; inset: taken off x2 and y2
+    thereafter. Grid: (N · PH, blocks of C), a
     row of bins each.
 
     Bytes: 1.64 GB of taps asked of L1, 0.80 GB of them distinct within a program, which is what L2 gives if L1 keeps
@@ -270,6 +275,7 @@ def roi_align_forward_kernel(
         (w0, w1, w2, w3, w4),
         (s0, s1, s2, s3, s4),
         (t1, t2, t3, t4),
+        inset,
         images,
         boxes_per_image,
         PH,
@@ -339,6 +345,7 @@ def roi_align_scatter_kernel(
     t2,
     t3,
     t4,
+    inset,
     images,
     boxes_per_image,
     C: tl.constexpr,
@@ -373,6 +380,7 @@ def roi_align_scatter_kernel(
         (w0, w1, w2, w3, w4),
         (s0, s1, s2, s3, s4),
         (t1, t2, t3, t4),
+        inset,
         images,
         boxes_per_image,
         PH,
@@ -470,6 +478,7 @@ def roi_align_tiles_kernel(
     t2,
     t3,
     t4,
+    inset,
     images,
     boxes_per_image,
     count,
@@ -512,6 +521,7 @@ def roi_align_tiles_kernel(
         w,
         (s0, s1, s2, s3, s4),
         (t1, t2, t3, t4),
+        inset,
         images,
         boxes_per_image,
         PH,
@@ -679,6 +689,7 @@ def roi_align_forward(
     valid: Tensor | None,
     scales: Sequence[float],
     thresholds: Sequence[float],
+    inset: float,
     sampling_ratio: int,
     aligned: bool,
     *,
@@ -687,7 +698,7 @@ def roi_align_forward(
     """Fill out [N, C, h, w], of the memory format that channels_last says.
 
     features: L × [B, C, Hl, Wl], copied if they have another format; L ≤ MAX_LEVELS. boxes: [B, R, 4] or [K, 5].
-    valid: bool, one per box. thresholds: L − 1 rising areas.
+    valid: bool, one per box. thresholds: L − 1 rising areas. inset: taken off x2 and y2 once the level is known.
     """
     if out.numel() == 0:
         return
@@ -701,6 +712,7 @@ def roi_align_forward(
         *_to_all_levels(maps, maps[0]),
         *_sizes(maps),
         *_of_levels(scales, thresholds),
+        inset,
         *_counts(maps, boxes),
         C=channels,
         ALIGNED=aligned,
@@ -719,6 +731,7 @@ def roi_align_scatter(
     valid: Tensor | None,
     scales: Sequence[float],
     thresholds: Sequence[float],
+    inset: float,
     sampling_ratio: int,
     aligned: bool,
     *,
@@ -739,6 +752,7 @@ def roi_align_scatter(
         *_to_all_levels(grads, grads[0]),
         *_sizes(grads),
         *_of_levels(scales, thresholds),
+        inset,
         *_counts(grads, boxes),
         C=channels,
         ALIGNED=aligned,
@@ -757,6 +771,7 @@ def roi_align_gather(
     valid: Tensor | None,
     scales: Sequence[float],
     thresholds: Sequence[float],
+    inset: float,
     sampling_ratio: int,
     aligned: bool,
     *,
@@ -787,6 +802,7 @@ def roi_align_gather(
             *_of_boxes(boxes, valid),
             *_sizes(grads),
             *_of_levels(scales, thresholds),
+            inset,
             *_counts(grads, boxes),
             count,
             tiles,

@@ -11,6 +11,8 @@ import yaml
 
 from fastrcnn.config.schema import Config, Section, coerce, key_types, leaves, nearest
 
+_warned: set[str] = set()  # dead keys that this process was warned of
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the text names the file or the command line, the key, and what is wanted."""
@@ -19,8 +21,9 @@ class ConfigError(ValueError):
 def load_config(path: str | Path | None = None, overrides: Sequence[Any] | None = ()) -> Config:
     """The defaults, then the YAML file `path`, then `overrides`, a flat list KEY VALUE KEY VALUE … .
 
-    A file may name another one with `_BASE_: other.yaml`, relative to itself, which is read before it. Values may be
-    Python literals as text, such as "(480000, 640000)". Raises ConfigError. Setting a dead key gives one warning.
+    A file may name others with `_BASE_: other.yaml` or `_BASE_: [one.yaml, two.yaml]`, relative to itself, which are
+    read before it, in this order. Values may be Python literals as text, such as "(480000, 640000)". A dead key that is
+    set to something else than its default gives a warning, once in a process. Raises ConfigError.
     """
     cfg = Config()
     if path is not None:
@@ -29,8 +32,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[Any] | None 
     check_config(cfg)
     defaults = {leaf.path: leaf.default for leaf in leaves(Config()) if leaf.dead}
     dead = [leaf.path for leaf in leaves(cfg) if leaf.dead and leaf.default != defaults[leaf.path]]
-    if dead:
-        warnings.warn(f"these keys do nothing, as in maskrcnn-benchmark: {', '.join(dead)}", stacklevel=2)
+    new = [path for path in dead if path not in _warned]
+    if new:
+        _warned.update(new)
+        warnings.warn(f"these keys do nothing, as in maskrcnn-benchmark: {', '.join(new)}", stacklevel=2)
     return cfg
 
 
@@ -53,6 +58,8 @@ def check_config(cfg: Config) -> None:
     need(len(cfg.INPUT.MIN_SIZE_TRAIN) > 0, "INPUT.MIN_SIZE_TRAIN", cfg.INPUT.MIN_SIZE_TRAIN, "one size or more")
     need(cfg.DATALOADER.NUM_WORKERS >= 0, "DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS, "at least 0")
     need(cfg.SOLVER.MAX_ITER >= 0, "SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, "at least 0")
+    need(cfg.SOLVER.ACCUMULATE_STEPS >= 1, "SOLVER.ACCUMULATE_STEPS", cfg.SOLVER.ACCUMULATE_STEPS, "at least 1")
+    need(0 <= cfg.SOLVER.EMA_DECAY < 1, "SOLVER.EMA_DECAY", cfg.SOLVER.EMA_DECAY, "at least 0 and below 1")
     steps = cfg.SOLVER.STEPS
     need(all(a < b for a, b in pairwise(steps)), "SOLVER.STEPS", steps, "in rising order")
 
@@ -61,8 +68,8 @@ def _merge_file(cfg: Config, path: Path, readers: tuple[Path, ...]) -> None:
     if path.resolve() in readers:
         raise ConfigError(f"{path}: _BASE_ leads back to this file: {' → '.join(map(str, (*readers, path.resolve())))}")
     tree = _read(path)
-    base = tree.pop("_BASE_", None)
-    if base is not None:
+    bases = tree.pop("_BASE_", [])
+    for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str):
             raise ConfigError(f"{path}: _BASE_: wanted the name of a file, got {type(base).__name__} {base!r}")
         _merge_file(cfg, path.parent / Path(base).expanduser(), (*readers, path.resolve()))

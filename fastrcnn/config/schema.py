@@ -39,15 +39,23 @@ class Section:
 class BackboneConfig(Section):
     """The network that turns pixels into feature maps."""
 
-    CONV_BODY: str = key("R-50-C4", "name of the backbone, such as R-50-FPN")
-    FREEZE_CONV_BODY_AT: int = key(2, "number of parts that do not train, of: stem, layer1 to layer4; 0 = all train")
+    CONV_BODY: str = key(
+        "R-50-C4",
+        "name of the backbone: R-50-FPN, MobileNetV3-Large-FPN, torchvision:swin_t-FPN, timm:convnext_tiny-FPN …",
+    )
+    FREEZE_CONV_BODY_AT: int = key(
+        2,
+        "number of parts that do not train, of: stem, layer1 to layer4; in other bodies a part begins where the "
+        "resolution falls; 0 = all train, as FBNet always does",
+    )
 
 
 @dataclass
 class FPNConfig(Section):
     """Feature pyramid on top of the backbone."""
 
-    USE_GN: bool = key(False, "group norm after each convolution of the pyramid")
+    USE_GN: bool = key(False, "group norm after each convolution of the pyramid, as NORM GN")
+    NORM: str = key("", "norm after each convolution of the pyramid: BatchNorm, SyncBatchNorm, GN; empty = none")
     USE_RELU: bool = key(False, "ReLU after each convolution of the pyramid")
 
 
@@ -64,8 +72,9 @@ class GroupNormConfig(Section):
 class RPNConfig(Section):
     """Region proposal network."""
 
-    USE_FPN: bool = key(False, "one set of anchors per level of a feature pyramid")
-    HEAD_CHANNELS: int = key(0, "channels of the head's 3×3 convolution; 0 = as many as the feature maps have")
+    USE_FPN: bool = key(False, "one set of anchors per level of a feature pyramid; False allows one ANCHOR_STRIDE only")
+    HEAD_CHANNELS: int = key(0, "channels of the head's 3×3 convolutions; 0 = as many as the feature maps have")
+    NUM_CONVS: int = key(1, "3×3 convolutions of SingleConvRPNHead")
     ANCHOR_SIZES: tuple[float | tuple[float, ...], ...] = key(
         (32, 64, 128, 256, 512),
         "square root of an anchor's area, pixels; with one stride all sizes are on that level, else one size, "
@@ -87,6 +96,7 @@ class RPNConfig(Section):
     POST_NMS_TOP_N_TEST: int = key(1000, "proposals kept after NMS, per image and level")
     NMS_THRESH: float = key(0.7, "a proposal is dropped when its IoU with a better one is above this")
     MIN_SIZE: float = key(0.0, "proposals with a shorter side are dropped, pixels of the resized image")
+    SCORE_THRESH: float = key(0.0, "proposals of a lower objectness are dropped, 0 to 1")
     FPN_POST_NMS_TOP_N_TRAIN: int = key(
         2000, "proposals kept over all levels of a pyramid: per batch or per image, see FPN_POST_NMS_PER_BATCH"
     )
@@ -114,7 +124,14 @@ class ROIHeadsConfig(Section):
     SCORE_THRESH: float = key(0.05, "detections with a lower score are dropped, 0 to 1")
     PRE_NMS_TOP_N: int = key(4096, "best (box, class) pairs that go into NMS, per image")
     NMS: float = key(0.5, "a detection is dropped when its IoU with a better one of its class is above this")
-    DETECTIONS_PER_IMG: int = key(100, "detections kept per image")
+    SOFT_NMS: Literal["", "linear", "gaussian"] = key(
+        "", "overlapped detections lose score by this rule instead of being dropped; empty = NMS"
+    )
+    SOFT_NMS_SIGMA: float = key(0.5, 'with SOFT_NMS "gaussian": how gently; the factor is exp(−IoU² / sigma)')
+    SOFT_NMS_MIN_SCORE: float = key(0.001, "with SOFT_NMS: detections whose score falls below it are dropped")
+    DETECTIONS_PER_IMG: int = key(
+        100, "detections kept per image by the heads on regions; RetinaNet has TEST.DETECTIONS_PER_IMG"
+    )
 
 
 @dataclass
@@ -129,10 +146,26 @@ class BoxHeadConfig(Section):
     NUM_CLASSES: int = key(81, "classes including the background")
     MLP_HEAD_DIM: int = key(1024, "width of the fully connected layers")
     SMOOTH_L1_BETA: float = key(1.0, "where the box loss turns from quadratic to linear, in units of the box deltas")
-    USE_GN: bool = key(False, "group norm in the feature extractor")
+    BOX_REG_LOSS: Literal["smooth_l1", "giou", "diou", "ciou"] = key(
+        "smooth_l1", "box loss: of the box deltas, or one of the generalised IoUs of the boxes"
+    )
+    BOX_REG_LOSS_WEIGHT: float = key(1.0, "factor of the box loss")
+    USE_GN: bool = key(False, "group norm in the feature extractor, as NORM GN")
+    NORM: str = key("", "norm in the feature extractor: GN, BatchNorm, SyncBatchNorm; empty = none")
     DILATION: int = key(1, "dilation of the convolutions of FPNXconv1fcFeatureExtractor")
     CONV_HEAD_DIM: int = key(256, "channels of the convolutions of FPNXconv1fcFeatureExtractor")
     NUM_STACKED_CONVS: int = key(4, "number of convolutions of FPNXconv1fcFeatureExtractor")
+
+
+@dataclass
+class BoxCascadeHeadConfig(Section):
+    """Cascade R-CNN: box heads one after another, each on the boxes of the one before."""
+
+    IOUS: tuple[float, ...] = key((0.5, 0.6, 0.7), "IoU from which a region is foreground, per stage")
+    BBOX_REG_WEIGHTS: tuple[tuple[float, float, float, float], ...] = key(
+        ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0)),
+        "factors of the box deltas (dx, dy, dw, dh), per stage",
+    )
 
 
 @dataclass
@@ -147,11 +180,12 @@ class MaskHeadConfig(Section):
     MLP_HEAD_DIM: int = key(1024, "the head has no fully connected layer", dead=True)
     CONV_LAYERS: tuple[int, ...] = key((256, 256, 256, 256), "channels of each convolution of the feature extractor")
     RESOLUTION: int = key(14, "side of the predicted masks, cells; must be what extractor and predictor give")
-    SHARE_BOX_FEATURE_EXTRACTOR: bool = key(True, "use the box head's feature extractor")
-    POSTPROCESS_MASKS: bool = key(False, "paste the masks into the image inside the model")
+    SHARE_BOX_FEATURE_EXTRACTOR: bool = key(True, "use the box head's pooler and feature extractor")
+    POSTPROCESS_MASKS: bool = key(False, "detections come with masks of the whole image instead of M × M probabilities")
     POSTPROCESS_MASKS_THRESHOLD: float = key(0.5, "probability from which a pixel belongs to the pasted mask")
     DILATION: int = key(1, "dilation of the convolutions of the feature extractor")
-    USE_GN: bool = key(False, "group norm in the feature extractor")
+    USE_GN: bool = key(False, "group norm in the feature extractor, as NORM GN")
+    NORM: str = key("", "norm in the feature extractor: GN, BatchNorm, SyncBatchNorm; empty = none")
 
 
 @dataclass
@@ -179,16 +213,21 @@ class ResNetsConfig(Section):
     STRIDE_IN_1X1: bool = key(True, "a block's stride is in its first 1×1 convolution, not in its 3×3 convolution")
     TRANS_FUNC: str = key(
         "BottleneckWithFixedBatchNorm",
-        "name of the block: BottleneckWithFixedBatchNorm, BottleneckWithBatchNorm (trains) or BottleneckWithGN; "
-        "the norm counts for the basic blocks of R-18 and R-34 too",
+        "name of the block: BottleneckWithFixedBatchNorm, BottleneckWithBatchNorm (trains), "
+        "BottleneckWithSyncBatchNorm (trains with the statistics of all processes) or BottleneckWithGN; "
+        "the norm counts for the basic blocks of R-18 and R-34 and for bodies of torchvision and timm too",
     )
     STEM_FUNC: str = key(
         "StemWithFixedBatchNorm",
-        "name of the stem: StemWithFixedBatchNorm, StemWithBatchNorm (trains) or StemWithGN",
+        "name of the stem: StemWithFixedBatchNorm, StemWithBatchNorm, StemWithSyncBatchNorm or StemWithGN",
     )
     FROZEN_BN_EPS: float = key(-1.0, "added to the variance of frozen batch norm; below 0 = as MODEL.CONVENTIONS says")
-    RES5_DILATION: int = key(1, "dilation of the last stage when it is the box head of a C4 model")
-    BACKBONE_OUT_CHANNELS: int = key(1024, "channels of the feature maps that the backbone gives; 256 for a pyramid")
+    RES5_DILATION: int = key(
+        1, "dilation of layer4, in the body and in the box head of a C4 model; above 1 it keeps its input's resolution"
+    )
+    BACKBONE_OUT_CHANNELS: int = key(
+        1024, "channels of the maps of a pyramid; 256 in all recipes. C4 and C5 give the channels of their stage"
+    )
     RES2_OUT_CHANNELS: int = key(256, "channels after the first stage; each later stage doubles them")
     STEM_OUT_CHANNELS: int = key(64, "channels of the stem")
     STAGE_WITH_DCN: tuple[bool, bool, bool, bool] = key(
@@ -215,8 +254,22 @@ class RetinaNetConfig(Section):
     SCALES_PER_OCTAVE: int = key(3, "anchor sizes per level")
     USE_C5: bool = key(True, "level P6 is made of C5, not of P5")
     NUM_CONVS: int = key(4, "convolutions of each of the two towers")
-    BBOX_REG_WEIGHT: float = key(4.0, "weight of the box loss")
-    BBOX_REG_BETA: float = key(0.11, "where the box loss turns from quadratic to linear, in units of the box deltas")
+    NORM: str = key("", "norm after each convolution of the towers: BatchNorm, SyncBatchNorm, GN; empty = none")
+    BBOX_REG_WEIGHT: float = key(4.0, "the box loss is divided by this times the number of positive anchors")
+    BBOX_REG_WEIGHTS: tuple[float, float, float, float] = key(
+        (10.0, 10.0, 5.0, 5.0), "factors of the box deltas (dx, dy, dw, dh) that the head learns"
+    )
+    BBOX_REG_BETA: float = key(
+        0.11, "where the smooth_l1 box loss turns from quadratic to linear, in units of the box deltas"
+    )
+    BOX_REG_LOSS: Literal["smooth_l1", "giou", "diou", "ciou"] = key(
+        "smooth_l1", "box loss: of the box deltas, or 1 − an IoU of the boxes"
+    )
+    LOSS_PER_IMAGE: bool = key(
+        False,
+        "the losses of each image are divided by its positive anchors and averaged; else those of a process's batch by "
+        "its positive anchors, the class loss by these and the images",
+    )
     PRE_NMS_TOP_N: int = key(1000, "best (anchor, class) pairs that go into NMS, per image and level")
     FG_IOU_THRESHOLD: float = key(0.5, "an anchor is positive from this IoU with a ground-truth box")
     BG_IOU_THRESHOLD: float = key(0.4, "an anchor is negative below this IoU with every ground-truth box")
@@ -231,7 +284,7 @@ class RetinaNetConfig(Section):
 class FBNetConfig(Section):
     """FBNet: small mobile backbones and heads."""
 
-    ARCH: str = key("default", "name of the architecture")
+    ARCH: str = key("default", "architecture: default, xirb16d_dsmask, mobilenet_v2, cham_v1a or cham_v2")
     ARCH_DEF: str = key("", "an architecture as JSON text, instead of ARCH")
     BN_TYPE: str = key("bn", "norm: bn (trains), af (frozen), gn or empty for none")
     SCALE_FACTOR: float = key(1.0, "factor of all numbers of channels")
@@ -239,7 +292,9 @@ class FBNetConfig(Section):
     DW_CONV_SKIP_BN: bool = key(True, "no norm after depthwise convolutions")
     DW_CONV_SKIP_RELU: bool = key(True, "no ReLU after depthwise convolutions")
     DET_HEAD_LAST_SCALE: float = key(
-        1.0, "channels of the box head's last convolution: factor; 0 = no such convolution, below 0 = keep the channels"
+        1.0,
+        "channels of the box head's last convolution: factor of what ARCH says, or, below 0, of those before it; "
+        "−1 = as many, 0 = no such convolution",
     )
     DET_HEAD_BLOCKS: tuple[Any, ...] = key((), "blocks of the architecture for the box head; empty = as ARCH says")
     DET_HEAD_STRIDE: int = key(0, "stride of the box head's first block; 0 = as ARCH says")
@@ -257,12 +312,13 @@ class FBNetConfig(Section):
 class ModelConfig(Section):
     """What is built, where it runs and from which weights it starts."""
 
-    META_ARCHITECTURE: Literal["GeneralizedRCNN"] = key("GeneralizedRCNN", "class of the whole model")
-    CONVENTIONS: Literal["modern", "torchvision"] = key(
+    META_ARCHITECTURE: str = key("GeneralizedRCNN", "name of the whole model's class")
+    CONVENTIONS: Literal["modern", "torchvision", "maskrcnn-benchmark", "detectron"] = key(
         "modern", "geometry that the weights were trained with: anchors, pooling, frozen batch norm, pasting"
     )
+    IMPORT: tuple[str, ...] = key((), "Python modules imported before building, which register parts of your own")
     DEVICE: str = key("auto", "cuda, cuda:1, cpu …; auto = cuda where there is one, else cpu")
-    WEIGHT: str = key("", "file of the weights to start from, ours or torchvision's; empty = random")
+    WEIGHT: str = key("", "weights to start from: a file, an address or a name (docs/weights.md); empty = random")
     WEIGHT_SKIP_MISMATCH: bool = key(
         False, "leave parameters of another shape at their first values, instead of an error (new classes)"
     )
@@ -270,6 +326,7 @@ class ModelConfig(Section):
     MASK_ON: bool = key(False, "with the mask head")
     RETINANET_ON: bool = key(False, "RetinaNet instead of proposals")
     KEYPOINT_ON: bool = key(False, "with the keypoint head")
+    CASCADE_ON: bool = key(False, "a cascade of box heads, see ROI_BOX_CASCADE_HEAD")
     CLS_AGNOSTIC_BBOX_REG: bool = key(False, "one box per proposal for all classes, not one per class")
     BACKBONE: BackboneConfig = field(default_factory=BackboneConfig)
     FPN: FPNConfig = field(default_factory=FPNConfig)
@@ -277,6 +334,7 @@ class ModelConfig(Section):
     RPN: RPNConfig = field(default_factory=RPNConfig)
     ROI_HEADS: ROIHeadsConfig = field(default_factory=ROIHeadsConfig)
     ROI_BOX_HEAD: BoxHeadConfig = field(default_factory=BoxHeadConfig)
+    ROI_BOX_CASCADE_HEAD: BoxCascadeHeadConfig = field(default_factory=BoxCascadeHeadConfig)
     ROI_MASK_HEAD: MaskHeadConfig = field(default_factory=MaskHeadConfig)
     ROI_KEYPOINT_HEAD: KeypointHeadConfig = field(default_factory=KeypointHeadConfig)
     RESNETS: ResNetsConfig = field(default_factory=ResNetsConfig)
@@ -306,6 +364,15 @@ class InputConfig(Section):
     HUE: float = key(0.0, "largest turn of the hue in training, in whole turns, 0 to 0.5")
     HORIZONTAL_FLIP_PROB_TRAIN: float = key(0.5, "probability that left and right are swapped")
     VERTICAL_FLIP_PROB_TRAIN: float = key(0.0, "probability that top and bottom are swapped")
+    LSJ_SIZE: int = key(
+        0,
+        "side of the window of large-scale jitter in training, pixels, in the place of MIN_SIZE_TRAIN and "
+        "MAX_SIZE_TRAIN; 0 = none. DATALOADER.SIZE_DIVISIBILITY of the same value pads every batch to that square",
+    )
+    LSJ_SCALE: tuple[float, float] = key(
+        (0.1, 2.0), "least and largest side of the square that the image just fits into, relative to LSJ_SIZE"
+    )
+    LSJ_MIN_AREA: float = key(1.0, "objects of which less remains in the window are dropped, square pixels")
 
 
 @dataclass
@@ -343,22 +410,41 @@ class SolverConfig(Section):
     """Training."""
 
     MAX_ITER: int = key(40000, "iterations of the whole training")
+    OPTIMIZER: Literal["SGD", "AdamW"] = key("SGD", "how gradients become steps")
     BASE_LR: float = key(0.001, "learning rate after warm-up, for IMS_PER_BATCH images")
     BIAS_LR_FACTOR: float = key(2.0, "factor of the learning rate for biases")
     MOMENTUM: float = key(0.9, "momentum of SGD")
-    WEIGHT_DECAY: float = key(0.0005, "weight decay of everything but biases")
+    BETAS: tuple[float, float] = key((0.9, 0.999), "AdamW: decay of the means of the gradient and of its square")
+    EPSILON: float = key(1e-8, "AdamW: added to the root of the mean square")
+    WEIGHT_DECAY: float = key(0.0005, "weight decay of everything but biases; AdamW's is decoupled from the gradient")
     WEIGHT_DECAY_BIAS: float = key(0.0, "weight decay of biases")
-    GAMMA: float = key(0.1, "factor of the learning rate at each of STEPS")
-    STEPS: tuple[int, ...] = key((30000,), "iterations at which the learning rate falls, in rising order")
+    WEIGHT_DECAY_NORM: float = key(-1.0, "weight decay of the weights of norms; below 0 = WEIGHT_DECAY")
+    LR_SCHEDULER: Literal["multistep", "cosine"] = key(
+        "multistep", "how the learning rate falls: by GAMMA at each of STEPS, or as half a cosine to 0 at MAX_ITER"
+    )
+    GAMMA: float = key(0.1, "multistep: factor of the learning rate at each of STEPS")
+    STEPS: tuple[int, ...] = key((30000,), "multistep: iterations at which the learning rate falls, in rising order")
     WARMUP_FACTOR: float = key(1.0 / 3, "share of the learning rate at the first iteration")
     WARMUP_ITERS: int = key(500, "iterations of warm-up")
     WARMUP_METHOD: Literal["linear", "constant"] = key(
         "linear", "how the learning rate goes from the share to the whole"
     )
     CLIP_GRADIENTS: float = key(0.0, "largest norm of the gradient of all parameters; 0 = no limit")
+    ACCUMULATE_STEPS: int = key(
+        1,
+        "parts into which the images of an iteration are divided, one after another through the model, to save memory; "
+        "must divide the images of a process",
+    )
+    EMA_DECAY: float = key(
+        0.0,
+        "exponential moving average of the weights, which is then evaluated and saved as the model: how much of it "
+        "stays at each iteration, such as 0.9998; 0 = none",
+    )
     CHECKPOINT_PERIOD: int = key(2500, "iterations between checkpoints")
     LOG_PERIOD: int = key(20, "iterations between lines of the log")
-    TEST_PERIOD: int = key(0, "iterations between evaluations during training; 0 = only at the end")
+    TEST_PERIOD: int = key(
+        0, "iterations between evaluations during training, with the losses on DATASETS.TEST; 0 = only at the end"
+    )
     IMS_PER_BATCH: int = key(16, "images per iteration over all processes; must divide by their number")
 
 
@@ -386,7 +472,7 @@ class TestConfig(Section):
     )
     IMS_PER_BATCH: int = key(8, "images per batch over all processes; must divide by their number")
     DETECTIONS_PER_IMG: int = key(
-        100, "detections kept per image by RetinaNet and test-time augmentation; see MODEL.ROI_HEADS.DETECTIONS_PER_IMG"
+        100, "detections kept per image by RetinaNet; the heads on regions have MODEL.ROI_HEADS.DETECTIONS_PER_IMG"
     )
     BBOX_AUG: BBoxAugConfig = field(default_factory=BBoxAugConfig)
 

@@ -1,13 +1,15 @@
 """Building blocks that several parts of a model share."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
 
-from fastrcnn.config import ConfigError
+from fastrcnn.config import ConfigError, conventions_of
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -26,23 +28,104 @@ class FrozenBatchNorm2d(nn.Module):
         return x * scale[:, None, None].to(x.dtype) + shift[:, None, None].to(x.dtype)
 
 
-def scale_and_shift(norm: FrozenBatchNorm2d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """The norm with constant statistics as x · scale + shift, each [C]."""
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """Batch norm with the statistics of all processes on GPUs; PyTorch has none on CPUs, where each process has its own
+    statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.BatchNorm2d.forward(self, x) if x.device.type == "cpu" else super().forward(x)
+
+
+class DeformConv2d(nn.Module):
+    """3×3 convolution whose nine taps move, by offsets that another convolution computes (Dai et al., 2017); with
+    `modulated`, each is weighted by a mask between 0 and 1 too (Zhu et al., 2018).
+
+    The channels are divided into `offset_groups`, each with taps of its own. `offset` gives 18 channels per group, (dy,
+    dx) of tap after tap in rows, then, with `modulated`, 9 mask logits per group. It begins at zero, which is a plain
+    convolution, halved with `modulated`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        offset_groups: int = 1,
+        modulated: bool = False,
+    ):
+        super().__init__()
+        if in_channels % offset_groups:
+            raise ConfigError(
+                f"MODEL.RESNETS.DEFORMABLE_GROUPS: {in_channels} channels do not divide into {offset_groups} groups"
+            )
+        self.moves = 18 * offset_groups
+        channels = self.moves + 9 * offset_groups * modulated
+        self.offset = conv(in_channels, channels, 3, stride=stride, dilation=dilation)
+        nn.init.zeros_(self.offset.weight)
+        self.conv = conv(in_channels, out_channels, 3, stride=stride, dilation=dilation, groups=groups, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.conv.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in_channels, H, W] -> [B, out_channels, H / stride, W / stride]."""
+        return self.convolve(x, self.weight, None)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The same with another weight and bias."""
+        dtype = x.dtype
+        offset = self.offset(x)
+        mask = offset[:, self.moves :].sigmoid() if offset.shape[1] > self.moves else None
+        # torchvision has no half-precision implementation for every device
+        x, offset, mask, weight, bias = (None if t is None else widen(t) for t in (x, offset, mask, weight, bias))
+        layer = self.conv
+        moved = deform_conv2d(
+            x, offset[:, : self.moves], weight, bias, layer.stride, layer.padding, layer.dilation, mask
+        )
+        return moved.to(dtype)
+
+
+def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """The frozen or batch norm with constant statistics as x · scale + shift, each [C]."""
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     return scale, norm.bias - norm.running_mean * scale
 
 
-def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+def conv_norm(conv: nn.Conv2d | DeformConv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """norm(conv(x)); a norm with constant statistics costs no pass over the activations, as weight · scale and a bias.
 
     The product is differentiable, so it serves training as well.
     """
-    constant = isinstance(norm, FrozenBatchNorm2d) or (isinstance(norm, nn.BatchNorm2d) and not norm.training)
-    if not constant:
+    trained = isinstance(norm, (nn.BatchNorm2d, SyncBatchNorm))
+    if not (isinstance(norm, FrozenBatchNorm2d) or (trained and not norm.training)):
         return norm(conv(x))
     scale, shift = scale_and_shift(norm)
     weight = conv.weight * scale[:, None, None, None]
+    if isinstance(conv, DeformConv2d):
+        return conv.convolve(x, weight, shift)
     return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def make_norm(name: str, channels: int, cfg: Any, key: str) -> nn.Module:
+    """The norm of that name; ConfigError, which names the config key `key`, for another."""
+    norms: dict[str, Callable[[], nn.Module]] = {
+        "FixedBatchNorm": lambda: FrozenBatchNorm2d(channels, conventions_of(cfg).frozen_bn_eps),
+        "BatchNorm": lambda: nn.BatchNorm2d(channels),
+        "SyncBatchNorm": lambda: SyncBatchNorm(channels),
+        "GN": lambda: group_norm(channels, cfg),
+    }
+    if name not in norms:
+        raise ConfigError(f"{key} asks for the norm {name!r}; it must be one of {', '.join(norms)}")
+    return norms[name]()
+
+
+def norm_name(spec: Any) -> str:
+    """The norm that the keys NORM and USE_GN of a section of the config ask for, "" for none."""
+    return spec.NORM or ("GN" if spec.USE_GN else "")
 
 
 def group_norm(channels: int, cfg: Any) -> nn.GroupNorm:
@@ -92,13 +175,13 @@ def linear(in_features: int, out_features: int, std: float | None = None, bias: 
     return layer
 
 
-def conv_stack(channels: list[int], cfg: Any, use_gn: bool, dilation: int = 1) -> list[nn.Module]:
-    """3×3 convolutions channels[0] → channels[1] → …, each with group norm where asked for, and a ReLU."""
+def conv_stack(channels: list[int], cfg: Any, norm: str = "", dilation: int = 1) -> list[nn.Module]:
+    """3×3 convolutions channels[0] → channels[1] → …, each with the norm of that name (none for ""), and a ReLU."""
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(channels):
-        layers.append(conv(fan_in, fan_out, 3, dilation=dilation, bias=not use_gn, init="msra"))
-        if use_gn:
-            layers.append(group_norm(fan_out, cfg))
+        layers.append(conv(fan_in, fan_out, 3, dilation=dilation, bias=not norm, init="msra"))
+        if norm:
+            layers.append(make_norm(norm, fan_out, cfg, "NORM of a head"))
         layers.append(nn.ReLU(inplace=True))
     return layers
 

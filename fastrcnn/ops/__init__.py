@@ -3,6 +3,8 @@
 from fastrcnn.ops.anchors import grid_anchors
 from fastrcnn.ops.box_coder import BoxCoder, decode_boxes, encode_boxes
 from fastrcnn.ops.boxes import box_area, box_convert, box_iou, clip_boxes_to_image, remove_small_boxes
+from fastrcnn.ops.focal_loss import focal_loss, sigmoid_focal_loss
+from fastrcnn.ops.keypoints import heatmaps_to_keypoints
 from fastrcnn.ops.match import match_boxes
 from fastrcnn.ops.nms import batched_nms, nms, nms_padded
 from fastrcnn.ops.paste import paste_masks
@@ -10,6 +12,7 @@ from fastrcnn.ops.proposals import select_proposals
 from fastrcnn.ops.rasterize import rasterize_polygons
 from fastrcnn.ops.roi_align import MultiScaleRoIAlign, RoIAlign, multilevel_roi_align, roi_align
 from fastrcnn.ops.sample import sample_balanced
+from fastrcnn.ops.soft_nms import soft_nms_padded
 
 __all__ = [
     "BoxCoder",
@@ -22,7 +25,9 @@ __all__ = [
     "clip_boxes_to_image",
     "decode_boxes",
     "encode_boxes",
+    "focal_loss",
     "grid_anchors",
+    "heatmaps_to_keypoints",
     "match_boxes",
     "multilevel_roi_align",
     "nms",
@@ -33,4 +38,6 @@ __all__ = [
     "roi_align",
     "sample_balanced",
     "select_proposals",
+    "sigmoid_focal_loss",
+    "soft_nms_padded",
 ]

@@ -21,7 +21,8 @@ from fastrcnn.ops.reference import roi_align as reference
 from fastrcnn.ops.reference.roi_align import Regions, compute_dtype, is_channels_last, memory_format
 
 _SETTINGS = (
-    "SymInt[] output_size, float[] scales, int sampling_ratio, bool aligned, float canonical_size, int canonical_level"
+    "SymInt[] output_size, float[] scales, int sampling_ratio, bool aligned, float canonical_size, "
+    "int canonical_level, bool last_pixel=False"
 )
 _TAPS_PER_CHUNK = 1 << 18  # forward: keeps the taps and their result in the cache
 _TAPS_PER_SORT = 1 << 22  # backward: each sort writes a whole map, so fewer of them
@@ -54,7 +55,7 @@ def _cpu(features, boxes, valid, output_size, scales, sampling_ratio, aligned, *
         if not len(rows) or not out.numel():
             continue
         if _suits_torchvision(regions, rows, output_size, feature.shape, is_channels_last(feature)):
-            arguments = _torchvision_rois(regions, boxes, rows), scale, *output_size, sampling_ratio, aligned
+            arguments = _torchvision_rois(regions, boxes, rows, *canonical[2:]), scale, *output_size, sampling_ratio, aligned
             out[rows] = torch.ops.torchvision.roi_align(feature.to(dtype), *arguments).to(out.dtype)
             continue
         table = feature.permute(0, 2, 3, 1).to(dtype).flatten(0, 2).contiguous()
@@ -78,7 +79,7 @@ def _cpu_backward(grad, boxes, valid, shapes, channels_last, output_size, scales
         part = grad if len(rows) == len(grad) else grad[rows]
         part = part.to(dtype)
         if _suits_torchvision(regions, rows, output_size, shape, channels_last):
-            arguments = _torchvision_rois(regions, boxes, rows), scale, *output_size, *shape, sampling_ratio, aligned
+            arguments = _torchvision_rois(regions, boxes, rows, *canonical[2:]), scale, *output_size, *shape, sampling_ratio, aligned
             out.copy_(torch.ops.torchvision._roi_align_backward(part.contiguous(), *arguments))
             continue
         batch, channels, height, width = shape
@@ -129,34 +130,36 @@ def _suits_torchvision(regions: Regions, rows: Tensor, output_size, shape, chann
     return (channels < _FEW_CHANNELS or hardly_read) and not limited.any()
 
 
-def _torchvision_rois(regions: Regions, boxes: Tensor, rows: Tensor) -> Tensor:
+def _torchvision_rois(regions: Regions, boxes: Tensor, rows: Tensor, last_pixel: bool = False) -> Tensor:
     corners = boxes.flatten(0, 1) if boxes.ndim == 3 else boxes[:, 1:]
+    if last_pixel:
+        corners = torch.cat([corners[:, :2], corners[:, 2:] - 1], 1)
     return torch.cat([regions.image[rows, None].to(boxes.dtype), corners[rows]], 1)
 
 
-def _triton(features, boxes, valid, output_size, scales, sampling_ratio, aligned, canonical_size, canonical_level):
+def _triton(features, boxes, valid, output_size, scales, sampling_ratio, aligned, size, level, last_pixel=False):
     from triton_kernels import roi_align as kernels
 
     # the kernels compute in float32 and take a fixed number of levels
     if features[0].dtype == torch.float64 or len(features) > kernels.MAX_LEVELS:
-        rest = output_size, scales, sampling_ratio, aligned, canonical_size, canonical_level
+        rest = output_size, scales, sampling_ratio, aligned, size, level, last_pixel
         return reference.multilevel_roi_align(features, boxes, valid, *rest)
     out = _fake(features, boxes, valid, output_size)
-    thresholds = reference.level_thresholds(scales, canonical_size, canonical_level)
-    channels_last = is_channels_last(features[0])
-    kernels.roi_align_forward(
-        out, features, boxes, valid, scales, thresholds, sampling_ratio, aligned, channels_last=channels_last
-    )
+    settings = scales, reference.level_thresholds(scales, size, level), float(last_pixel), sampling_ratio, aligned
+    kernels.roi_align_forward(out, features, boxes, valid, *settings, channels_last=is_channels_last(features[0]))
     return out
 
 
-def _triton_backward(grad, boxes, valid, shapes, channels_last, output_size, scales, ratio, aligned, *canonical):
+def _triton_backward(
+    grad, boxes, valid, shapes, channels_last, output_size, scales, ratio, aligned, size, level, last_pixel=False
+):
     from triton_kernels import roi_align as kernels
 
     if grad.dtype == torch.float64 or len(scales) > kernels.MAX_LEVELS:  # as in the forward
-        rest = output_size, scales, ratio, aligned, *canonical
+        rest = output_size, scales, ratio, aligned, size, level, last_pixel
         return reference.multilevel_roi_align_backward(grad, boxes, valid, shapes, channels_last, *rest)
-    settings = boxes, valid, scales, reference.level_thresholds(scales, *canonical), ratio, aligned
+    thresholds = reference.level_thresholds(scales, size, level)
+    settings = boxes, valid, scales, thresholds, float(last_pixel), ratio, aligned
     if torch.are_deterministic_algorithms_enabled():
         grads = _fake_backward(grad, boxes, valid, shapes, channels_last)
         kernels.roi_align_gather(grads, grad, *settings, channels_last=channels_last)
@@ -230,6 +233,7 @@ def multilevel_roi_align(
     canonical_size: float = 224,
     canonical_level: int = 4,
     valid: Tensor | None = None,
+    last_pixel: bool = False,
 ) -> Tensor:
     """Pool each box from the feature level that suits its size (Lin et al., Feature Pyramid Networks, equation 1).
 
@@ -237,6 +241,7 @@ def multilevel_roi_align(
     first. scales: feature pixels per image pixel of each level, not rising. output_size: bins, (height, width).
     sampling_ratio: samples per bin and axis; 0 or less takes one per pixel. aligned: as in `roi_align`. A box with
     √area = canonical_size belongs to level canonical_level, where a level is −log2(scale). valid: bool [B, R] or [K].
+    last_pixel: the level follows from the box, and the samples from (x1, y1, x2 − 1, y2 − 1): maskrcnn-benchmark's rule.
 
     On a GPU kernels serve float16, bfloat16 and float32 features of at most 5 levels. Their gradients are added
     atomically, or under `torch.use_deterministic_algorithms` gathered in a fixed order: equal inputs then give equal
@@ -267,7 +272,8 @@ def multilevel_roi_align(
         raise ValueError(f"valid must be bool {tuple(boxes.shape[:-1])}: got {valid.dtype} {tuple(valid.shape)}")
     check_floating(**{"features[0]": first}, boxes=boxes)
     check_one_device(**{f"features[{i}]": feature for i, feature in enumerate(features)}, boxes=boxes, valid=valid)
-    settings = [float(scale) for scale in scales], sampling_ratio, aligned, float(canonical_size), canonical_level
+    canonical = float(canonical_size), canonical_level, last_pixel
+    settings = [float(scale) for scale in scales], sampling_ratio, aligned, *canonical
     return _OP(list(features), boxes, valid, _pair(output_size), *settings)
 
 

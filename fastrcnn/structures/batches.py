@@ -5,7 +5,7 @@ keypoints. Boxes are xyxy float32 pixels of the padded batch image. What varies 
 device, never a shape.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrcnn.structures.boxlist import BoxList
+from fastrcnn.structures.keypoint import Keypoints, PersonKeypoints
 
 
 class _Batch:
@@ -151,7 +152,7 @@ class PolygonBatch(_Batch):
 class TargetBatch(_Batch):
     """Ground truth: boxes [B, G, 4]; labels int64 [B, G], 0 in empty slots; crowd bool [B, G]; outlines as `polygons`
     or as `masks` uint8 [B, G, H, W] of the padded image, each bitmap's border repeated once into the padding;
-    keypoints [B, G, K, 3] (x, y, visibility)."""
+    keypoints [B, G, K, 3] (x, y, visibility), K = 0 for a batch without objects."""
 
     boxes: Tensor
     labels: Tensor
@@ -235,10 +236,14 @@ def _outlines(
 
 def _keypoints(boxlists: Sequence[BoxList], slots: int) -> Tensor | None:
     points = [b.get_field("keypoints").keypoints if b.has_field("keypoints") else None for b in boxlists]
-    count = max((p.shape[1] for p in points if p is not None), default=0)
-    if count == 0:
+    if all(p is None for p in points) and any(len(b) > 0 for b in boxlists):
         return None
-    out = torch.zeros(len(boxlists), slots, count, 3)
+    if any(p is None and len(b) > 0 for p, b in zip(points, boxlists, strict=True)):
+        raise ValueError("some images of the batch have objects without keypoints: give all of them keypoints, or none")
+    counts = {p.shape[1] for p in points if p is not None}
+    if len(counts) > 1:
+        raise ValueError(f"the images of the batch have objects of {sorted(counts)} keypoints: want one number")
+    out = torch.zeros(len(boxlists), slots, max(counts, default=0), 3)
     for slot, p in zip(out, points, strict=True):
         if p is not None:
             slot[: len(p)] = p
@@ -269,20 +274,27 @@ class SampleBatch(_Batch):
 
 @dataclass
 class DetectionBatch(_Batch):
-    """boxes [B, D, 4] and scores [B, D], falling; labels int64 [B, D]; count int32 [B], the slots in use; masks
-    [B, D, M, M], probabilities for the predicted class; sizes and original_sizes as in ImageBatch."""
+    """boxes [B, D, 4] and scores [B, D], falling; labels int64 [B, D], None for proposals, which have no class; count
+    int32 [B], the slots in use; masks [B, D, M, M], probabilities for the predicted class; keypoints [B, D, K, 3] (x,
+    y, 1) and their logits keypoint_scores [B, D, K]; sizes and original_sizes as in ImageBatch; paste (masks [N, M, M],
+    boxes [N, 4], (h, w)) -> bool [N, h, w], where box lists are to hold masks of the whole image."""
 
     boxes: Tensor
     scores: Tensor
-    labels: Tensor
+    labels: Tensor | None
     count: Tensor
     sizes: Tensor
     original_sizes: Tensor
     masks: Tensor | None = None
+    keypoints: Tensor | None = None
+    keypoint_scores: Tensor | None = None
+    paste: Callable[[Tensor, Tensor, tuple[int, int]], Tensor] | None = None
 
     def to_boxlists(self) -> list[BoxList]:
-        """One BoxList per image in the frame of the original image, sorted by score, with the fields scores, labels
-        and, where there are masks, mask [N, M, M]. The one host sync of inference."""
+        """One BoxList per image in the frame of the original image, sorted by score: of proposals with the field
+        objectness, of detections with the fields scores, labels and, where there are masks, mask [N, M, M] (or bool
+        [N, h, w], see `paste`), where there are keypoints, keypoints (PersonKeypoints if there are COCO's 17, else
+        Keypoints) and keypoint_scores [N, K]. The one host sync of inference."""
         host = self._to_host()
         scale = (host.original_sizes / host.sizes).flip(1).repeat(1, 2)  # [B, 4]
         boxes = host.boxes * scale[:, None]
@@ -291,10 +303,19 @@ class DetectionBatch(_Batch):
             height, width = host.original_sizes[i].tolist()
             # copies, so that what is kept of a data set does not hold the whole padded (and pinned) batches
             boxlist = BoxList(boxes[i, :n].clone(), (width, height))
-            boxlist.add_field("scores", host.scores[i, :n].clone())
-            boxlist.add_field("labels", host.labels[i, :n].clone())
+            boxlist.add_field("objectness" if host.labels is None else "scores", host.scores[i, :n].clone())
+            if host.labels is not None:
+                boxlist.add_field("labels", host.labels[i, :n].clone())
             if host.masks is not None:
-                boxlist.add_field("mask", host.masks[i, :n].clone())
+                masks = host.masks[i, :n].clone()
+                boxlist.add_field(
+                    "mask", masks if self.paste is None else self.paste(masks, boxlist.bbox, boxlist.size[::-1])
+                )
+            if host.keypoints is not None:
+                points = host.keypoints[i, :n] * torch.cat([scale[i, :2], scale.new_ones(1)])
+                kind = PersonKeypoints if points.shape[1] == len(PersonKeypoints.NAMES) else Keypoints
+                boxlist.add_field("keypoints", kind(points, (width, height)))
+                boxlist.add_field("keypoint_scores", host.keypoint_scores[i, :n].clone())
             out.append(boxlist)
         return out
 

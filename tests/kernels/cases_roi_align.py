@@ -17,7 +17,7 @@ from triton_kernels.roi_align import (
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 SIZES = {f"{size}{level}": "i32" for size in "hw" for level in range(MAX_LEVELS)}
 LEVELS = {f"s{level}": "fp32" for level in range(MAX_LEVELS)} | {f"t{level}": "fp32" for level in range(1, MAX_LEVELS)}
-COUNTS = {"images": "i32", "boxes_per_image": "i32"}
+COUNTS = {"inset": "fp32", "images": "i32", "boxes_per_image": "i32"}
 
 
 def _boxes(padded: bool) -> dict[str, str]:

@@ -147,6 +147,18 @@ def test_more_channels_than_a_block():
     check(features, boxes[:, :1].contiguous(), valid[:, :1], SCALES, 1, True, output=[1, 2])
 
 
+def test_level_of_the_whole_box_and_samples_to_its_last_pixel():
+    features, _, _ = inputs(torch.float32, torch.channels_last)
+    boxes = torch.tensor([[[2.0, 3, 18, 19], [2, 3, 17.5, 19], [0, 0, 1, 1]]], device=DEVICE).expand(2, 3, 4)
+    whole = check(features, boxes, None, SCALES, 2, False)
+    got = check(features, boxes, None, SCALES, 2, False, canonical=(*CANONICAL, True))
+    assert not torch.isclose(got, whole)[[0, 1, 3, 4]].flatten(1).all(1).any()
+    # 16 pixels a side: the first box belongs to the second level, though it would not without its last pixel
+    inner = boxes[:, :1] - boxes.new_tensor([0, 0, 1, 1])
+    second = check(features[1:], inner, None, SCALES[1:], 2, False)
+    torch.testing.assert_close(got[[0, 3]], second)
+
+
 def test_five_levels_some_empty_some_smaller_than_a_tile():
     shapes = [(16, 9), (8, 8), (0, 7), (3, 2), (1, 1)]
     maps = [torch.randn(1, 4, h, w, device=DEVICE).contiguous(memory_format=torch.channels_last) for h, w in shapes]

@@ -27,7 +27,7 @@ def test_rounded_anchors_are_torchvisions():
 
 
 def test_exact_anchors_have_their_area_and_ratio():
-    anchors = cell_anchors([32, 64], (0.5, 2.0), CONVENTIONS["modern"])
+    anchors = cell_anchors([32, 64], (0.5, 2.0), 16, CONVENTIONS["modern"])
     width, height = (anchors[:, 2:] - anchors[:, :2]).unbind(1)
     torch.testing.assert_close(width * height, torch.tensor([32.0, 32, 64, 64]) ** 2)  # sizes in the outer loop
     torch.testing.assert_close(height / width, torch.tensor([0.5, 2, 0.5, 2]))
@@ -85,23 +85,18 @@ def test_bitmap_targets_are_thresholded_unless_soft():
 
 @pytest.mark.parametrize("border", [0, 20])
 def test_anchors_over_the_border_are_not_learnt(border):
-    """The loss is that of the anchors inside the image alone, brute force."""
-    overrides = f"MODEL.RPN.STRADDLE_THRESH {border} MODEL.RPN.BATCH_SIZE_PER_IMAGE 100000".split()
-    overrides += "MODEL.RPN.ANCHOR_SIZES (32,) MODEL.RPN.ANCHOR_STRIDE (16,)".split()
+    overrides = f"MODEL.RPN.STRADDLE_THRESH {border} MODEL.RPN.ANCHOR_SIZES (32,) MODEL.RPN.ANCHOR_STRIDE (16,)".split()
     rpn = RPN(fastrcnn.load_config(None, overrides), 8)
     anchors = grid_anchors([(6, 8)], [(16, 16)], rpn.cells)
     sizes = torch.tensor([[96, 128], [64, 100]], dtype=torch.int32)
     images = ImageBatch(torch.zeros(2, 3, 96, 128), sizes, sizes)
     targets = TargetBatch(torch.zeros(2, 1, 4), torch.zeros(2, 1).long(), torch.zeros(2, 1).bool())
-    logits = torch.randn(2, len(anchors))
-    got = rpn.losses(logits, torch.zeros(2, len(anchors), 4), anchors, images, targets)["loss_objectness"]
-    used = []
+    matched = rpn.match(anchors, images, targets)
     for image, (height, width) in enumerate(sizes.tolist()):
         for anchor, (x1, y1, x2, y2) in enumerate(anchors.tolist()):
-            if x1 >= -border and y1 >= -border and x2 < width + border and y2 < height + border:
-                used.append(F.softplus(logits[image, anchor]))  # background: −log(1 − sigmoid)
-    assert 0 < len(used) < logits.numel()
-    torch.testing.assert_close(got, torch.stack(used).mean())
+            inside = x1 >= -border and y1 >= -border and x2 < width + border and y2 < height + border
+            assert matched[image, anchor] == (-1 if inside else -2)
+    assert 0 < (matched == -1).sum() < matched.numel()
 
 
 def test_class_agnostic_boxes(repository):
@@ -113,10 +108,10 @@ def test_class_agnostic_boxes(repository):
     logits = torch.full((1, 2, 7), -9.0)
     logits[0, 0, 3] = logits[0, 1, 5] = 9.0
     deltas = torch.randn(1, 2, 2, 4) * 0.3
-    head.predict = lambda *_: (logits, deltas)
     sizes = torch.tensor([[128, 128]], dtype=torch.int32)
     images = ImageBatch(torch.zeros(1, 3, 128, 128), sizes, sizes)
-    found = head.detect([], images, ProposalBatch(boxes, torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool)))
+    proposals = ProposalBatch(boxes, torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool))
+    found = head.keep(*head.rank(logits.softmax(2), deltas, proposals, images, (10.0, 10.0, 5.0, 5.0)), images)
     sure = found.scores[0] > 0.9
     assert sorted(found.labels[0, sure].tolist()) == [3, 5]
     coder = TorchvisionBoxCoder((10.0, 10.0, 5.0, 5.0))
@@ -131,7 +126,12 @@ VARIANTS = {
     "convolutions": "MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR FPNXconv1fcFeatureExtractor "
     "MODEL.ROI_BOX_HEAD.CONV_HEAD_DIM 64",
     "1x1": "MODEL.ROI_MASK_HEAD.PREDICTOR MaskRCNNConv1x1Predictor MODEL.ROI_MASK_HEAD.RESOLUTION 14",
+    "batch norm": "MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR FPNXconv1fcFeatureExtractor "
+    "MODEL.ROI_BOX_HEAD.CONV_HEAD_DIM 64 MODEL.ROI_BOX_HEAD.NORM BatchNorm MODEL.ROI_MASK_HEAD.NORM BatchNorm",
     "agnostic": "MODEL.CLS_AGNOSTIC_BBOX_REG True",
+    "giou": "MODEL.ROI_BOX_HEAD.BOX_REG_LOSS giou",
+    "cascade": "MODEL.CASCADE_ON True MODEL.CLS_AGNOSTIC_BBOX_REG True",
+    "legacy": "MODEL.CONVENTIONS maskrcnn-benchmark",
     "R-34 with group norm": "MODEL.BACKBONE.CONV_BODY R-34-FPN MODEL.RESNETS.TRANS_FUNC BottleneckWithGN",
 }
 
@@ -160,19 +160,25 @@ def test_variants_learn(name, repository):
     assert history[-1] < 0.9 * history[0], history
 
 
+CASCADE = ["MODEL.CASCADE_ON", "True", "MODEL.CLS_AGNOSTIC_BBOX_REG", "True"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["MODEL.KEYPOINT_ON", "True"], r"MODEL\.KEYPOINT_ON is True"),
-        (["MODEL.RETINANET_ON", "True"], r"MODEL\.RETINANET_ON is True"),
-        (["MODEL.RESNETS.STAGE_WITH_DCN", "(False, True, True, True)"], r"STAGE_WITH_DCN"),
         (["MODEL.ROI_BOX_HEAD.PREDICTOR", "FPNPredictr"], r"ROI_BOX_HEAD\.PREDICTOR is 'FPNPredictr'.*FPNPredictor"),
-        (["MODEL.ROI_MASK_HEAD.SHARE_BOX_FEATURE_EXTRACTOR", "True"], r"SHARE_BOX_FEATURE_EXTRACTOR"),
-        (["MODEL.RPN.RPN_HEAD", "FBNet.rpn_head"], r"RPN_HEAD is 'FBNet\.rpn_head'"),
-        (["MODEL.ROI_MASK_HEAD.RESOLUTION", "14"], r"RESOLUTION is 14; MaskRCNNC4Predictor gives 28"),
+        (
+            ["MODEL.ROI_MASK_HEAD.SHARE_BOX_FEATURE_EXTRACTOR", "True"],
+            r"SHARE_BOX_FEATURE_EXTRACTOR is True, but MODEL\.ROI_M",
+        ),
+        (["MODEL.ROI_MASK_HEAD.PREDICTOR", "MaskPredictr"], r"ROI_MASK_HEAD\.PREDICTOR is 'MaskPredictr'.*C4Predictor"),
+        (["MODEL.CASCADE_ON", "True"], r"needs MODEL\.CLS_AGNOSTIC_BBOX_REG True"),
+        ([*CASCADE, "MODEL.ROI_MASK_HEAD.SHARE_BOX_FEATURE_EXTRACTOR", "True"], r"SHARE_BOX_FEATURE_EXTRACTOR False"),
+        ([*CASCADE, "MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "(0.5, 0.6)"], r"IOUS has 2 stages, BBOX_REG_WEIGHTS 3"),
+        (["MODEL.ROI_BOX_HEAD.NORM", "BatchNorm"], r"NORM is 'BatchNorm'; FPN2MLPFeatureExtractor takes GN or none"),
+        (["MODEL.ROI_MASK_HEAD.NORM", "BN"], r"norm 'BN'; it must be one of .*BatchNorm"),
         (["MODEL.RPN.ANCHOR_SIZES", "(8, 16, 32, 64, (128, 256))"], r"every level needs as many sizes"),
         (["MODEL.BACKBONE.FREEZE_CONV_BODY_AT", "6"], r"FREEZE_CONV_BODY_AT is 6"),
-        (["TEST.BBOX_AUG.ENABLED", "True"], r"TEST\.BBOX_AUG\.ENABLED is True"),
         (["MODEL.DEVICE", "warp"], r"MODEL\.DEVICE is 'warp', which is no device"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import without_values
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import fastrcnn
@@ -37,16 +38,6 @@ NAMES = {
 def config(repository, kind: str):
     name = NAMES.get(kind, "e2e_mask_rcnn_R_50_FPN_1x")
     return fastrcnn.load_config(repository / "configs" / f"{name}.yaml", SMALL)
-
-
-def without_values(model: torch.nn.Module, mode: FakeTensorMode) -> torch.nn.Module:
-    """The model with parameters and buffers that have a shape and a device only."""
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            module._parameters[name] = torch.nn.Parameter(mode.from_tensor(parameter.data), parameter.requires_grad)
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = mode.from_tensor(buffer)
-    return model
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from support import DEVICE
 from torch import Tensor
 from torch._dynamo import config as dynamo_config
@@ -116,6 +117,17 @@ ENTRIES = [
         },
     ),
     Entry(
+        "soft_nms_padded",
+        lambda b, n: {
+            "boxes": boxes_of(b, n),
+            "scores": torch.rand(b, n),
+            "max_output": 4,
+            "method": "gaussian",
+            "labels": torch.arange(b * n).view(b, n) % 2,
+            "valid": torch.rand(b, n) < 0.8,
+        },
+    ),
+    Entry(
         "grid_anchors",
         lambda _, n: {
             "grid_sizes": [(4, n), (2, 3)],
@@ -200,6 +212,10 @@ ENTRIES = [
         },
     ),
     Entry(
+        "heatmaps_to_keypoints",
+        lambda _, n: {"heatmaps": torch.randn(n, 3, 8, 8), "boxes": boxes_of(n), "max_size": (33, 44)},
+    ),
+    Entry(
         "rasterize_polygons",
         lambda b, n: {
             "edges": torch.cat([x := torch.rand(b, 3, 7, 2) * 40, x.roll(-1, 2)], -1),
@@ -213,6 +229,16 @@ ENTRIES = [
     Entry(
         "sample_balanced",
         lambda b, n: {"labels": torch.randint(-1, 2, (b, n)), "count": 4, "positive_fraction": 0.5},
+    ),
+    Entry(
+        "focal_loss",
+        lambda b, n: {"logits": torch.randn(b, n, 3), "labels": torch.randint(-1, 4, (b, n)), "gamma": 1.5},
+        ("logits",),
+    ),
+    Entry(
+        "sigmoid_focal_loss",
+        lambda _, n: {"inputs": torch.randn(n, 3), "targets": torch.rand(n, 3)},
+        ("inputs", "targets"),
     ),
 ]
 FIXED = [entry for entry in ENTRIES if not entry.ragged]
@@ -320,7 +346,9 @@ class Module(torch.nn.Module):
 
 
 # what is left of them where PyTorch takes composites apart
-COMPOSITES = dict.fromkeys(("box_area", "box_iou", "box_convert", "clip_boxes_to_image", "remove_small_boxes"))
+COMPOSITES = dict.fromkeys(
+    ("box_area", "box_iou", "box_convert", "clip_boxes_to_image", "remove_small_boxes", "sigmoid_focal_loss")
+)
 COMPOSITES |= {"roi_align": "multilevel_roi_align"}
 
 

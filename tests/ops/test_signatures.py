@@ -9,7 +9,7 @@ from fastrcnn import ops as ours
 
 NAMES = """
     nms batched_nms roi_align RoIAlign.__init__ RoIAlign.forward MultiScaleRoIAlign.__init__ MultiScaleRoIAlign.forward
-    box_area box_iou box_convert clip_boxes_to_image remove_small_boxes
+    box_area box_iou box_convert clip_boxes_to_image remove_small_boxes sigmoid_focal_loss
 """.split()
 
 

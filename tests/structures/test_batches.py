@@ -12,6 +12,8 @@ from fastrcnn.structures import (
     BoxList,
     DetectionBatch,
     ImageBatch,
+    Keypoints,
+    PersonKeypoints,
     PolygonBatch,
     SegmentationMask,
     TargetBatch,
@@ -177,3 +179,53 @@ def test_detections_return_to_the_original_images():
     assert torch.equal(first.get_field("mask"), detections.masks[0])
     assert len(second) == 0
     assert second.get_field("mask").shape == (0, 4, 4)
+
+
+def with_keypoints(boxlist, points):
+    boxlist.add_field("keypoints", Keypoints(points, boxlist.size))
+    return boxlist
+
+
+def test_keypoints_are_padded_in_the_frame_of_the_batch():
+    first = with_keypoints(target([[0.0, 0, 15, 10], [3, 4, 9, 10]], (30, 20)), torch.full((2, 5, 3), 2.0))
+    targets = TargetBatch.from_boxlists([first, target([[0.0, 0, 5, 5]], (30, 20))[:0]], batch_of((40, 60), (20, 30)))
+    assert targets.keypoints.shape == (2, 2, 5, 3)
+    assert (targets.keypoints[0] == torch.tensor([4.0, 4, 2])).all()
+    assert not targets.keypoints[1].any()
+    nothing = TargetBatch.from_boxlists([target([[0.0, 0, 5, 5]], (30, 20))[:0]], batch_of((20, 30)))
+    assert nothing.keypoints.shape == (1, 1, 0, 3)
+    assert TargetBatch.from_boxlists([target([[0.0, 0, 5, 5]], (30, 20))], batch_of((20, 30))).keypoints is None
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [(None, "objects without keypoints"), (torch.ones(1, 3, 3), r"objects of \[3, 5\] keypoints")],
+)
+def test_keypoints_that_do_not_fit_each_other_are_errors(points, message):
+    first = with_keypoints(target([[0.0, 0, 5, 5]], (9, 9)), torch.ones(1, 5, 3))
+    second = target([[0.0, 0, 5, 5]], (9, 9))
+    second = second if points is None else with_keypoints(second, points)
+    with pytest.raises(ValueError, match=message):
+        TargetBatch.from_boxlists([first, second], batch_of((9, 9), (9, 9)))
+
+
+@pytest.mark.parametrize(("count", "kind"), [(17, PersonKeypoints), (5, Keypoints)])
+def test_keypoints_return_to_the_original_images(count, kind):
+    detections = DetectionBatch(
+        boxes=torch.ones(2, 3, 4),
+        scores=torch.ones(2, 3),
+        labels=torch.ones(2, 3).long(),
+        count=torch.tensor([2, 0], dtype=torch.int32),
+        sizes=torch.tensor([[100, 50], [64, 64]], dtype=torch.int32),
+        original_sizes=torch.tensor([[200, 25], [64, 64]], dtype=torch.int32),
+        keypoints=torch.tensor([10.0, 20, 1]).expand(2, 3, count, 3),
+        keypoint_scores=torch.rand(2, 3, count),
+    )
+    first, second = detections.to_boxlists()
+    points = first.get_field("keypoints")
+    assert type(points) is kind
+    assert points.size == (25, 200)
+    assert points.keypoints.shape == (2, count, 3)
+    assert (points.keypoints == torch.tensor([5.0, 40, 1])).all()
+    assert torch.equal(first.get_field("keypoint_scores"), detections.keypoint_scores[0, :2])
+    assert second.get_field("keypoints").keypoints.shape == (0, count, 3)

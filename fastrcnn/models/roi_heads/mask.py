@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from fastrcnn import ops
 from fastrcnn.config import ConfigError, Conventions, conventions_of
-from fastrcnn.models.layers import conv, conv_stack, widen
-from fastrcnn.models.roi_heads.box import choose
-from fastrcnn.models.roi_heads.sampling import Pooler
+from fastrcnn.models.layers import conv, conv_stack, norm_name, widen
+from fastrcnn.models.registry import ROI_MASK_FEATURE_EXTRACTORS, ROI_MASK_PREDICTOR
+from fastrcnn.models.roi_heads.box import BoxHead, CascadeBoxHead, conv_relu
+from fastrcnn.models.roi_heads.sampling import Pooler, extract
 from fastrcnn.structures import DetectionBatch, SampleBatch, TargetBatch
 
 
+@ROI_MASK_FEATURE_EXTRACTORS.register("MaskRCNNFPNFeatureExtractor")
 class MaskRCNNFPNFeatureExtractor(nn.Module):
     """[N, C, side, side] -> 3×3 convolutions of CONV_LAYERS channels, named mask_fcn1, mask_fcn2, …"""
 
@@ -23,20 +25,20 @@ class MaskRCNNFPNFeatureExtractor(nn.Module):
         self.depth = len(spec.CONV_LAYERS)
         self.out_channels = spec.CONV_LAYERS[-1]
         channels = [in_channels, *spec.CONV_LAYERS]
+        norm = norm_name(spec)
         for index in range(self.depth):
-            stack = conv_stack(channels[index : index + 2], cfg, spec.USE_GN, spec.DILATION)[:-1]
-            self.add_module(f"mask_fcn{index + 1}", nn.Sequential(*stack) if spec.USE_GN else stack[0])
+            stack = conv_stack(channels[index : index + 2], cfg, norm, spec.DILATION)[:-1]
+            self.add_module(f"mask_fcn{index + 1}", nn.Sequential(*stack) if norm else stack[0])
 
     def forward(self, x: Tensor) -> Tensor:
         for index in range(self.depth):
-            x = F.relu_(getattr(self, f"mask_fcn{index + 1}")(x))
+            layer = getattr(self, f"mask_fcn{index + 1}")
+            x = conv_relu(layer if isinstance(layer, nn.Sequential) else [layer], x)
         return x
 
 
 class _MaskPredictor(nn.Module):
     """The 1×1 convolution to one logit per class; only the channel of the class asked for is ever computed."""
-
-    scale = 1  # of the mask's side to the side of the features
 
     def __init__(self, cfg: Any, in_channels: int):
         super().__init__()
@@ -53,14 +55,14 @@ class _MaskPredictor(nn.Module):
         return widen(logits) + self.mask_fcn_logits.bias[labels, None, None]
 
 
+@ROI_MASK_PREDICTOR.register("MaskRCNNConv1x1Predictor")
 class MaskRCNNConv1x1Predictor(_MaskPredictor):
     """At the resolution of the features."""
 
 
+@ROI_MASK_PREDICTOR.register("MaskRCNNC4Predictor")
 class MaskRCNNC4Predictor(_MaskPredictor):
     """After a 2×2 transposed convolution that doubles the resolution."""
-
-    scale = 2
 
     def __init__(self, cfg: Any, in_channels: int):
         channels = cfg.MODEL.ROI_MASK_HEAD.CONV_LAYERS[-1]
@@ -73,16 +75,13 @@ class MaskRCNNC4Predictor(_MaskPredictor):
         return F.relu_(self.conv5_mask(x))
 
 
-EXTRACTORS = {c.__name__: c for c in (MaskRCNNFPNFeatureExtractor,)}
-PREDICTORS = {c.__name__: c for c in (MaskRCNNC4Predictor, MaskRCNNConv1x1Predictor)}
-
-
 def mask_targets(targets: TargetBatch, boxes: Tensor, matched: Tensor, side: int, conventions: Conventions) -> Tensor:
     """The outline of the matched object inside each box, boxes [B, R, 4], matched int64 [B, R] -> [B, R, M, M].
 
     Polygons are rasterised by pycocotools' rule; bitmaps are resampled by ROIAlign, and thresholded at 0.5 as in
     detectron2 unless the conventions keep the fractions.
     """
+    boxes = conventions.corners(boxes)
     if targets.polygons is not None:
         p = targets.polygons
         return ops.rasterize_polygons(p.edges, p.parts, p.num_parts, boxes, matched, side)
@@ -98,39 +97,91 @@ def mask_targets(targets: TargetBatch, boxes: Tensor, matched: Tensor, side: int
 
 
 class MaskHead(nn.Module):
-    """Positive regions to a loss in training; detections to masks of their class at test time."""
+    """Positive regions to a loss in training; detections to masks of their class at test time.
 
-    def __init__(self, cfg: Any, in_channels: int):
+    With SHARE_BOX_FEATURE_EXTRACTOR it reads what the box head extracts; the parameters belong to that one alone.
+    """
+
+    def __init__(self, cfg: Any, in_channels: int, box: BoxHead):
         super().__init__()
-        spec = cfg.MODEL.ROI_MASK_HEAD
+        self.spec = spec = cfg.MODEL.ROI_MASK_HEAD
         self.conventions = conventions_of(cfg)
-        self.pooler = Pooler(cfg, spec)
-        extractor = choose(EXTRACTORS, spec.FEATURE_EXTRACTOR, "MODEL.ROI_MASK_HEAD.FEATURE_EXTRACTOR")
-        predictor = choose(PREDICTORS, spec.PREDICTOR, "MODEL.ROI_MASK_HEAD.PREDICTOR")
-        self.feature_extractor = extractor(cfg, in_channels)
-        self.predictor = predictor(cfg, self.feature_extractor.out_channels)
-        side = spec.POOLER_RESOLUTION * self.predictor.scale
-        if side != spec.RESOLUTION:
-            raise ConfigError(f"MODEL.ROI_MASK_HEAD.RESOLUTION is {spec.RESOLUTION}; {spec.PREDICTOR} gives {side}")
+        self.shared = None
+        if spec.SHARE_BOX_FEATURE_EXTRACTOR:
+            check_sharing(cfg, "ROI_MASK_HEAD", box)
+            self.shared = box.extract  # not the module, whose parameters would be listed twice
+            channels = box.feature_extractor.out_channels
+        else:
+            self.pooler = Pooler(cfg, spec)
+            extractor = ROI_MASK_FEATURE_EXTRACTORS.find(
+                spec.FEATURE_EXTRACTOR, "MODEL.ROI_MASK_HEAD.FEATURE_EXTRACTOR"
+            )
+            self.feature_extractor = extractor(cfg, in_channels)
+            channels = self.feature_extractor.out_channels
+        self.predictor = ROI_MASK_PREDICTOR.find(spec.PREDICTOR, "MODEL.ROI_MASK_HEAD.PREDICTOR")(cfg, channels)
 
-    def logits(self, features: list[Tensor], boxes: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-        """boxes [B, R, 4], labels and valid [B, R] -> logits [B, R, M, M]."""
-        x = self.feature_extractor(self.pooler(features, boxes, valid))
-        return self.predictor(x, labels.flatten()).unflatten(0, labels.shape)
+    def extract(self, features: list[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:
+        """boxes [B, R, 4], valid bool [B, R] -> [B·R, C, s, s]."""
+        if self.shared is not None:
+            return self.shared(features, boxes, valid)
+        return extract(self.feature_extractor, self.pooler(features, boxes, valid), valid)
 
-    def losses(self, features: list[Tensor], samples: SampleBatch, targets: TargetBatch) -> dict[str, Tensor]:
-        """Binary cross-entropy of the positives' masks, mean over pixels and positives -> a scalar."""
+    def logits(self, x: Tensor, labels: Tensor) -> Tensor:
+        """x [B·R, C, s, s], labels int64 [B, R] -> logits [B, R, M, M]."""
+        logits = self.predictor(x, labels.flatten()).unflatten(0, labels.shape)
+        if logits.shape[-1] != self.spec.RESOLUTION:
+            raise ConfigError(
+                f"MODEL.ROI_MASK_HEAD.RESOLUTION is {self.spec.RESOLUTION}; {self.spec.PREDICTOR} gives "
+                f"{logits.shape[-1]}"
+            )
+        return logits
+
+    def losses(
+        self, features: list[Tensor], samples: SampleBatch, targets: TargetBatch, extracted: Tensor
+    ) -> dict[str, Tensor]:
+        """Binary cross-entropy of the positives' masks, mean over pixels and positives -> a scalar.
+
+        extracted [B·R, ...]: what the box head extracted from the samples, used where the two heads share it.
+        """
         # positives come first in the samples, so a fixed slice holds them all
         chosen = slice(samples.num_positive)
         boxes, labels, matched = samples.boxes[:, chosen], samples.labels[:, chosen], samples.matched[:, chosen]
         positive = (labels > 0) & (samples.weight[:, chosen] > 0) & targets.outlined.gather(1, matched)
-        logits = self.logits(features, boxes, labels, positive)
+        if self.shared is None:
+            x = self.extract(features, boxes, positive)
+        else:
+            x = extracted.unflatten(0, samples.labels.shape)[:, chosen].flatten(0, 1)
+        logits = self.logits(x, labels)
         wanted = mask_targets(targets, boxes, matched, logits.shape[-1], self.conventions)
         error = F.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype), reduction="none").mean((2, 3))
         error = torch.where(positive, error, 0)
         return {"loss_mask": error.sum() / positive.sum().clamp(min=1)}
 
-    def detect(self, features: list[Tensor], detections: DetectionBatch) -> Tensor:
-        """-> [B, D, M, M] probabilities."""
-        valid = detections.labels > 0
-        return self.logits(features, detections.boxes, detections.labels, valid).sigmoid()
+    def detect(self, features: list[Tensor], detections: DetectionBatch) -> None:
+        """Give the detections masks [B, D, M, M], probabilities."""
+        x = self.extract(features, detections.boxes, detections.labels > 0)
+        detections.masks = self.logits(x, detections.labels).sigmoid()
+        if self.spec.POSTPROCESS_MASKS:
+            detections.paste = self.paste
+
+    def paste(self, masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+        """masks [N, M, M] and boxes [N, 4] of an image of this size (h, w) -> bool [N, h, w]."""
+        threshold, continuous = self.spec.POSTPROCESS_MASKS_THRESHOLD, self.conventions.paste_continuous
+        return ops.paste_masks(masks, self.conventions.corners(boxes), size, threshold, continuous)
+
+
+def check_sharing(cfg: Any, head: str, box: BoxHead) -> None:
+    """What ROI_MASK_HEAD or ROI_KEYPOINT_HEAD cannot have of its own while it shares the box head's; ConfigError names
+    the key."""
+    if isinstance(box, CascadeBoxHead):
+        raise ConfigError(
+            "MODEL.CASCADE_ON is True and has several feature extractors; it needs "
+            f"MODEL.{head}.SHARE_BOX_FEATURE_EXTRACTOR False"
+        )
+    for key in ("FEATURE_EXTRACTOR", "POOLER_RESOLUTION", "POOLER_SAMPLING_RATIO", "POOLER_SCALES"):
+        ours, theirs = getattr(getattr(cfg.MODEL, head), key), getattr(cfg.MODEL.ROI_BOX_HEAD, key)
+        if ours != theirs:
+            raise ConfigError(
+                f"MODEL.{head}.SHARE_BOX_FEATURE_EXTRACTOR is True, but MODEL.{head}.{key} is {ours!r} and "
+                f"MODEL.ROI_BOX_HEAD.{key} {theirs!r}: make them equal, or do not share"
+            )

@@ -3,12 +3,22 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastrcnn import ops
 from fastrcnn.config import ConfigError, conventions_of
-from fastrcnn.models.layers import gather_rows
+from fastrcnn.models.layers import gather_rows, widen
 from fastrcnn.structures import ProposalBatch, SampleBatch, TargetBatch
+
+
+def label_regions(boxes: Tensor, valid: Tensor, targets: TargetBatch, high: float, low: float) -> tuple[Tensor, Tensor]:
+    """boxes [B, N, 4], valid bool [B, N] -> labels int64 [B, N], 0 = background, −1 = neither, and the slot int64
+    [B, N] of the object that each overlaps most."""
+    matched, _ = ops.match_boxes(boxes, targets.boxes, targets.valid, high, low, allow_low_quality=False)
+    slot = matched.clamp(min=0)
+    labels = torch.where(matched >= 0, targets.labels.gather(1, slot), 0)
+    return torch.where((matched == -2) | ~valid, -1, labels), slot
 
 
 @torch.no_grad()
@@ -16,12 +26,7 @@ def sample_regions(proposals: ProposalBatch, targets: TargetBatch, spec: Any) ->
     """Append the ground truth to the proposals, match, draw MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE regions an image."""
     boxes = torch.cat([proposals.boxes, targets.boxes], 1)
     valid = torch.cat([proposals.valid, targets.valid], 1)
-    matched, _ = ops.match_boxes(
-        boxes, targets.boxes, targets.valid, spec.FG_IOU_THRESHOLD, spec.BG_IOU_THRESHOLD, allow_low_quality=False
-    )
-    slot = matched.clamp(min=0)
-    labels = torch.where(matched >= 0, targets.labels.gather(1, slot), 0)
-    labels = torch.where((matched == -2) | ~valid, -1, labels)
+    labels, slot = label_regions(boxes, valid, targets, spec.FG_IOU_THRESHOLD, spec.BG_IOU_THRESHOLD)
     index, weight = ops.sample_balanced(labels, spec.BATCH_SIZE_PER_IMAGE, spec.POSITIVE_FRACTION)
     return SampleBatch(
         boxes=gather_rows(boxes, index),
@@ -32,6 +37,37 @@ def sample_regions(proposals: ProposalBatch, targets: TargetBatch, spec: Any) ->
     )
 
 
+def extract(extractor: nn.Module, x: Tensor, valid: Tensor) -> Tensor:
+    """extractor(x) of pooled regions x [B·R, C, s, s], of which valid bool [B, R] are some.
+
+    While batch norm learns, its statistics are those of the valid regions: in a mask head most slots are empty.
+    """
+    norms = [m for m in extractor.modules() if isinstance(m, _BatchNorm) and m.training]
+    hooks = [norm.register_forward_pre_hook(lambda _, inputs: _stand_in(*inputs, valid.flatten())) for norm in norms]
+    try:
+        return extractor(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _stand_in(x: Tensor, valid: Tensor) -> Tensor:
+    """x [N, C, h, w] with other values in the rows that are not valid, bool [N], such that mean and variance of a
+    channel over all rows are those over the valid ones, and so are their gradients. Maps of one cell stay as they
+    are."""
+    cells = x.shape[2] * x.shape[3]
+    if cells == 1:
+        return x
+    chosen, wide = valid[:, None, None, None], widen(x)
+    count = (valid.sum() * cells).clamp(min=1)
+    mean = torch.where(chosen, wide, 0).sum((0, 2, 3), keepdim=True) / count
+    variance = torch.where(chosen, wide - mean, 0).square().sum((0, 2, 3), keepdim=True) / count
+    spread = torch.linspace(-1, 1, cells, dtype=wide.dtype, device=x.device).view(x.shape[2:])
+    spread = spread / spread.square().mean().sqrt()
+    deviation = variance.clamp(min=1e-20).sqrt()  # the root has no gradient at 0
+    return torch.where(chosen, x, (mean + deviation * spread).to(x.dtype))
+
+
 class Pooler:
     """ROIAlign of [B, R, 4] boxes on the levels that the POOLER_* keys of a head name -> [B·R, C, side, side]."""
 
@@ -39,9 +75,9 @@ class Pooler:
         self.side = head.POOLER_RESOLUTION
         self.scales = list(head.POOLER_SCALES)
         self.sampling_ratio = head.POOLER_SAMPLING_RATIO
-        self.aligned = conventions_of(cfg).roi_aligned
+        self.conventions = conventions_of(cfg)
 
-    def __call__(self, features: list[Tensor], boxes: Tensor, valid: Tensor | None = None) -> Tensor:
+    def __call__(self, features: list[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:
         if len(self.scales) > len(features):
             raise ConfigError(f"POOLER_SCALES has {len(self.scales)} entries for {len(features)} feature maps")
         return ops.multilevel_roi_align(
@@ -50,6 +86,7 @@ class Pooler:
             (self.side, self.side),
             self.scales,
             self.sampling_ratio,
-            self.aligned,
+            self.conventions.roi_aligned,
             valid=valid,
+            last_pixel=self.conventions.last_pixel,
         )

@@ -66,6 +66,7 @@ def locate(
     aligned: bool,
     canonical_size: float,
     canonical_level: int,
+    last_pixel: bool = False,
 ) -> Regions:
     """Assign each box to its level and express it in that level's pixels. shapes: (B, C, H, W) of each level.
 
@@ -82,6 +83,8 @@ def locate(
     level = torch.zeros_like(image)
     for threshold in level_thresholds(scales, canonical_size, canonical_level):
         level = level + (area >= threshold)
+    if last_pixel:
+        x2, y2 = x2 - 1, y2 - 1
     height = _of_level(level, [shape[2] for shape in shapes])
     width = _of_level(level, [shape[3] for shape in shapes])
     scale = _of_level(level, scales, boxes.dtype)
@@ -215,6 +218,7 @@ def multilevel_roi_align(
     aligned: bool,
     canonical_size: float,
     canonical_level: int,
+    last_pixel: bool = False,
 ) -> Tensor:
     """features L × [B, C, H, W], boxes [B, R, 4] or [K, 5] (image, x1, y1, x2, y2) -> [N, C, h, w], N = B · R or K.
 
@@ -224,7 +228,7 @@ def multilevel_roi_align(
     dtype = compute_dtype(features[0].dtype)
     shapes = [feature.shape for feature in features]
     channels = shapes[0][1]
-    settings = output_size, scales, sampling_ratio, aligned, canonical_size, canonical_level
+    settings = output_size, scales, sampling_ratio, aligned, canonical_size, canonical_level, last_pixel
     regions = locate(shapes, boxes.detach().to(dtype), valid, *settings)
     levels = [feature.permute(0, 2, 3, 1).flatten(0, 2) for feature in features]
     # what has no weight reads the last row, so that nothing outside a box, infinity included, reaches its sum
@@ -255,11 +259,12 @@ def multilevel_roi_align_backward(
     aligned: bool,
     canonical_size: float,
     canonical_level: int,
+    last_pixel: bool = False,
 ) -> list[Tensor]:
     """Gradient of `multilevel_roi_align` in each level; shapes: B, C, H, W of all levels in one flat list."""
     dtype = compute_dtype(grad.dtype)
     levels = [tuple(shapes[i : i + 4]) for i in range(0, len(shapes), 4)]
-    settings = output_size, scales, sampling_ratio, aligned, canonical_size, canonical_level
+    settings = output_size, scales, sampling_ratio, aligned, canonical_size, canonical_level, last_pixel
     regions = locate(levels, boxes.to(dtype), valid, *settings)
     rows_of_level = [batch * height * width for batch, _, height, width in levels]
     rows = sum(rows_of_level) + 1
