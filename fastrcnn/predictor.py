@@ -13,6 +13,7 @@ from fastrcnn import weights as weight_files
 from fastrcnn.config import conventions_of
 from fastrcnn.data import read_image as read_image_file
 from fastrcnn.engine.inference import autocast
+from fastrcnn.engine.tta import detect_augmented
 from fastrcnn.evaluation import encode_masks
 from fastrcnn.models import build_model
 from fastrcnn.structures import BoxList, ImageBatch
@@ -56,7 +57,7 @@ class Predictor:
 
     def __call__(self, images: Picture | Iterable[Picture]) -> BoxList | list[BoxList]:
         """One image gives a BoxList in its own frame, several a list: fields scores, labels and, with MODEL.MASK_ON,
-        rle (COCO run lengths of the pasted masks)."""
+        rle (COCO run lengths of the pasted masks), with MODEL.KEYPOINT_ON keypoints and keypoint_scores."""
         single = isinstance(images, (str, Path, Image.Image, np.ndarray, Tensor))
         tensors = [read_image(i) for i in ([images] if single else images)]
         out: list[BoxList] = []
@@ -67,10 +68,13 @@ class Predictor:
     @torch.inference_mode()
     def _predict(self, images: list[Tensor]) -> list[BoxList]:
         device = next(self.model.parameters()).device
-        batch = ImageBatch.from_images(images, self.cfg).to(device)
         with autocast(self.cfg, device):
-            boxlists = self.model(batch).to_boxlists()
+            if self.cfg.TEST.BBOX_AUG.ENABLED:
+                detections = detect_augmented(self.model, images, self.cfg)
+            else:
+                detections = self.model(ImageBatch.from_images(images, self.cfg).to(device))
+        boxlists = detections.to_boxlists()
         if not self.cfg.MODEL.MASK_ON:
             return boxlists
-        continuous = conventions_of(self.cfg).paste_continuous
-        return [encode_masks(b, continuous) for b in boxlists]
+        conventions = conventions_of(self.cfg)
+        return [encode_masks(b, conventions) for b in boxlists]

@@ -18,6 +18,7 @@ from fastrcnn.structures import BoxList
 PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 _YELLOW = 3  # too pale for lines on white
 MASK_OPACITY = 0.45
+KEYPOINT_LOGIT = 2.0  # maskrcnn-benchmark's threshold
 # COCO's, from 0: legs, hips and trunk, arms, head
 PERSON_SKELETON = (
     (15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (7, 9), (6, 8), (8, 10),
@@ -44,8 +45,9 @@ def draw_detections(
 
     Boxes whose score is below `threshold` are left out; without field `scores`, as in ground truth, all are drawn.
     Masks come from field `rle` or `masks`, keypoints [N,K,3] from `keypoints`: those hidden (visibility 1) are hollow,
-    and the pairs (from 0) of `skeleton` are joined, by default PERSON_SKELETON where there are 17. `scale` enlarges
-    small images, so that labels can be read. ValueError if the box list is of another image size.
+    and the pairs (from 0) of `skeleton` are joined, by default PERSON_SKELETON where there are 17. Of a model's
+    keypoints those with `keypoint_scores` above KEYPOINT_LOGIT are drawn. `scale` enlarges small images, so that labels
+    can be read. ValueError if the box list is of another image size.
     """
     picture = _to_pil(image)
     if tuple(boxlist.size) != picture.size:
@@ -58,7 +60,8 @@ def draw_detections(
         boxlist = boxlist[((-scores).argsort(stable=True))[: int((scores >= threshold).sum())]]
     size = (picture.width * scale, picture.height * scale)
     picture = picture.resize(size, Image.Resampling.BICUBIC) if scale > 1 else picture
-    labels = boxlist.get_field("labels").tolist()
+    # proposals have none
+    labels = boxlist.get_field("labels").tolist() if boxlist.has_field("labels") else [0] * len(boxlist)
     colours = [class_colour(label) for label in labels]
     line = max(1, round(min(size) / 250))
 
@@ -71,10 +74,13 @@ def draw_detections(
     if boxlist.has_field("keypoints"):
         keypoints = boxlist.get_field("keypoints")
         points = keypoints if isinstance(keypoints, torch.Tensor) else keypoints.keypoints
+        if boxlist.has_field("keypoint_scores"):
+            sure = boxlist.get_field("keypoint_scores") > KEYPOINT_LOGIT
+            points = torch.cat([points[..., :2], 2.0 * sure[..., None]], 2)
         pairs = skeleton or (PERSON_SKELETON if points.shape[1] == 17 else ())
         for instance, colour in zip(points.tolist(), colours, strict=True):
             _draw_keypoints(draw, [(x * scale, y * scale, v) for x, y, v in instance], pairs, colour, line)
-    texts = [str(categories.get(label, label)) for label in labels]
+    texts = [str(categories.get(label, label or "object")) for label in labels]
     if boxlist.has_field("scores"):
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, boxlist.get_field("scores").tolist(), strict=True)]
     _draw_labels(draw, texts, boxes, colours, size)

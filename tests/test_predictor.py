@@ -10,6 +10,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import fastrcnn
 from fastrcnn.ops import paste_masks
 from fastrcnn.structures import ImageBatch
+from fastrcnn.visualization import draw_detections
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,25 @@ def test_is_the_model_on_a_batch(cfg, model):
     torch.testing.assert_close(got.bbox, want.bbox)
     pasted = paste_masks(want.get_field("mask"), want.bbox, (120, 150), continuous=True)
     assert [int(coco_mask.area(code)) for code in got.get_field("rle")] == pasted.flatten(1).sum(1).tolist()
+
+
+def test_keypoints(repository):
+    overrides = (
+        "MODEL.DEVICE cpu MODEL.KEYPOINT_ON True MODEL.ROI_KEYPOINT_HEAD.SHARE_BOX_FEATURE_EXTRACTOR False "
+        "MODEL.ROI_KEYPOINT_HEAD.RESOLUTION 56 MODEL.ROI_KEYPOINT_HEAD.CONV_LAYERS (8,) "
+        "MODEL.ROI_KEYPOINT_HEAD.POOLER_SCALES (0.25,0.125,0.0625,0.03125) MODEL.ROI_HEADS.SCORE_THRESH 0.1 "
+        "MODEL.ROI_HEADS.DETECTIONS_PER_IMG 5"
+    )
+    cfg = fastrcnn.load_config(repository / "configs" / "quick_start.yaml", overrides.split())
+    image = picture(200, 100)
+    boxlist = fastrcnn.Predictor(cfg, fastrcnn.build_model(cfg).state_dict())(image)
+    points = boxlist.get_field("keypoints")
+    assert len(boxlist) == len(points) > 0
+    assert points.keypoints.shape == (len(boxlist), 17, 3)
+    assert points.size == image.size
+    assert boxlist.get_field("keypoint_scores").shape == (len(boxlist), 17)
+    assert len(boxlist.get_field("rle")) == len(boxlist)
+    assert draw_detections(image, boxlist, {}).size == image.size
 
 
 def test_detections_carry_no_graph(cfg, model):

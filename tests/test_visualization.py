@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from fastrcnn import visualization
-from fastrcnn.structures import BoxList, SegmentationMask
+from fastrcnn.structures import BoxList, Keypoints, SegmentationMask
 from fastrcnn.visualization import class_colour, contact_sheet, draw_detections, plot_metrics, read_metrics
 
 CATEGORIES = {1: "circle", 2: "square", 3: "a class with a name much longer than the picture is wide"}
@@ -127,6 +127,15 @@ def test_keypoints_and_skeleton():
     assert (got[76:85, 56:65] == 255).all(2).any()
     assert tuple(got[50, 55]) == (255, 255, 255)  # the limb
     assert tuple(got[2, 2]) == (GREY, GREY, GREY)  # not labelled
+
+
+def test_only_sure_keypoints_of_a_model_are_drawn():
+    boxlist = detections([[10, 10, 110, 90]], [2], [1.0])
+    boxlist.add_field("keypoints", Keypoints([[[30.0, 50, 1], [80, 50, 1]]], (120, 100)))
+    boxlist.add_field("keypoint_scores", torch.tensor([[2.5, 1.5]]))
+    got = np.asarray(draw_detections(grey(), boxlist, CATEGORIES))
+    assert tuple(got[50, 30]) == class_colour(2)
+    assert tuple(got[50, 80]) == (GREY, GREY, GREY)
 
 
 def test_scale_and_tensor_images():

@@ -17,7 +17,8 @@ EXAMPLES = """examples:
       start
   python tools/test.py --weights output/quick_start/model_0000250.pth MODEL.ROI_HEADS.SCORE_THRESH 0.5
       one checkpoint, with a key changed
-  python tools/test.py --config-file configs/torchvision/mask_rcnn_R_50_FPN.yaml --weights maskrcnn_resnet50_fpn.pth
+  python tools/test.py --config-file configs/torchvision/mask_rcnn_R_50_FPN.yaml \
+          --weights torchvision://maskrcnn_resnet50_fpn
       weights from elsewhere, which carry no configuration
   torchrun --nproc_per_node=2 tools/test.py --weights output/quick_start
       two processes share the images
@@ -34,9 +35,8 @@ def main() -> None:
     parser.add_argument("--config-file", type=Path, metavar="FILE", help="YAML recipe (default: the checkpoint's own)")
     parser.add_argument(
         "--weights",
-        type=Path,
         metavar="PATH",
-        help="file, or folder with checkpoints (default: the newest checkpoint in OUTPUT_DIR, else MODEL.WEIGHT)",
+        help="file, folder or address of weights (default: the newest checkpoint in OUTPUT_DIR, else MODEL.WEIGHT)",
     )
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="keys of the configuration to set, in pairs")
     args = parser.parse_intermixed_args()
@@ -53,7 +53,7 @@ def main() -> None:
             print(f"written to {Path(cfg.OUTPUT_DIR) / 'inference'}")
 
 
-def choose(config_file: Path | None, weights: Path | None, opts: list[str]) -> tuple[Config, Path]:
+def choose(config_file: Path | None, weights: str | Path | None, opts: list[str]) -> tuple[Config, str | Path]:
     """The config and the checkpoint that the arguments mean: see --help."""
     if config_file is None and weights is None:
         started = load_config(QUICK_START, opts)
@@ -68,7 +68,7 @@ def choose(config_file: Path | None, weights: Path | None, opts: list[str]) -> t
         except FileNotFoundError:
             if not cfg.MODEL.WEIGHT:
                 raise
-            weights = Path(cfg.MODEL.WEIGHT)
+            weights = cfg.MODEL.WEIGHT
     return cfg, weights
 
 

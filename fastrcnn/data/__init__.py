@@ -3,6 +3,7 @@
 from fastrcnn.data.catalog import DatasetCatalog, build_dataset
 from fastrcnn.data.datasets import (
     AbstractDataset,
+    CityScapesDataset,
     COCODataset,
     ConcatDataset,
     DataError,
@@ -17,6 +18,7 @@ from fastrcnn.data.transforms import build_transforms
 __all__ = [
     "AbstractDataset",
     "COCODataset",
+    "CityScapesDataset",
     "ConcatDataset",
     "DataError",
     "DatasetCatalog",

@@ -12,13 +12,18 @@ from typing import Any
 
 import yaml
 
-from fastrcnn.data.datasets import COCODataset, DataError, PascalVOCDataset
+from fastrcnn.config import conventions_of
+from fastrcnn.data.datasets import CityScapesDataset, COCODataset, DataError, PascalVOCDataset
+from fastrcnn.data.datasets.cityscapes import EVALUATED_CLASSES
 from fastrcnn.data.datasets.shapes import ensure_shapes
 
-_COCO_KEYS = {"img_dir", "ann_file", "remove_images_without_annotations"}
+_REMOVE = "remove_images_without_annotations"
+_COCO_KEYS = {"img_dir", "ann_file", _REMOVE}
 _VOC_KEYS = {"data_dir", "split", "classes", "use_difficult"}
+_CITYSCAPES_KEYS = {"img_dir", "ann_dir", "split", "mode", "min_area", "mini", "classes", _REMOVE}
 _FORMS = (
-    "{img_dir, ann_file[, remove_images_without_annotations]}, {data_dir, split[, classes, use_difficult]} "
+    "{img_dir, ann_file[, remove_images_without_annotations]}, {data_dir, split[, classes, use_difficult]}, "
+    "{img_dir, ann_dir, split[, mode, min_area, mini, classes, remove_images_without_annotations]} "
     "or {factory: 'module:Class', args}"
 )
 
@@ -28,7 +33,7 @@ def data_dir() -> Path:
     return Path(os.environ.get("FASTRCNN_DATASETS", "datasets"))
 
 
-def _builtin() -> dict[str, dict[str, str]]:
+def _builtin() -> dict[str, dict[str, Any]]:
     coco_2014 = {"train": "train2014", "val": "val2014", "minival": "val2014", "valminusminival": "val2014"}
     entries = {}
     for split in ("train", "val"):
@@ -59,13 +64,18 @@ def _builtin() -> dict[str, dict[str, str]]:
             "img_dir": "cityscapes/images",
             "ann_file": f"cityscapes/annotations/instancesonly_filtered_gtFine_{split}.json",
         }
+    cityscapes = {"img_dir": "cityscapes/leftImg8bit", "ann_dir": "cityscapes/gtFine"}
+    for mode in ("poly", "mask"):
+        for split in ("train", "val"):
+            entries[f"cityscapes_{mode}_instance_{split}"] = {**cityscapes, "split": split, "mode": mode}
+        entries[f"cityscapes_{mode}_instance_minival"] = {**cityscapes, "split": "val", "mode": mode, "mini": 10}
     return entries
 
 
 class DatasetCatalog:
     """The built-in names. A file named by PATHS_CATALOG may have a class of this name and form."""
 
-    DATASETS: Mapping[str, Mapping[str, str]] = _builtin()
+    DATASETS: Mapping[str, Mapping[str, Any]] = _builtin()
 
     @staticmethod
     def get(name: str) -> dict[str, Any]:
@@ -90,17 +100,21 @@ def _recipe(name: str, entry: Any) -> dict[str, Any]:
         return {"factory": entry["factory"], "args": dict(entry.get("args") or {})}
     if keys >= {"img_dir", "ann_file"} and keys <= _COCO_KEYS:
         args = {"root": _path(entry["img_dir"]), "ann_file": _path(entry["ann_file"])}
-        flag = "remove_images_without_annotations"
         return {
             "factory": "COCODataset",
-            "args": args | ({flag: _flag(name, flag, entry[flag])} if flag in keys else {}),
+            "args": args | ({_REMOVE: _flag(name, _REMOVE, entry[_REMOVE])} if _REMOVE in keys else {}),
         }
+    if keys >= {"img_dir", "ann_dir", "split"} and keys <= _CITYSCAPES_KEYS:
+        args = {**entry, "img_dir": _path(entry["img_dir"]), "ann_dir": _path(entry["ann_dir"])}
+        if _REMOVE in keys:
+            args[_REMOVE] = _flag(name, _REMOVE, entry[_REMOVE])
+        if "classes" in keys:
+            args["classes"] = _names(entry["classes"])
+        return {"factory": "CityScapesDataset", "args": args}
     if keys >= {"data_dir", "split"} and keys <= _VOC_KEYS:
         args = {"data_dir": _path(entry["data_dir"]), "split": entry["split"]}
         if "classes" in keys:
-            classes = entry["classes"]
-            classes = classes.split(",") if isinstance(classes, str) else classes
-            args["classes"] = tuple(str(each).strip() for each in classes)
+            args["classes"] = _names(entry["classes"])
         if "use_difficult" in keys:
             args["use_difficult"] = _flag(name, "use_difficult", entry["use_difficult"])
         return {"factory": "PascalVOCDataset", "args": args}
@@ -109,6 +123,10 @@ def _recipe(name: str, entry: Any) -> dict[str, Any]:
 
 def _path(value: str) -> Path:
     return data_dir() / Path(os.path.expandvars(value)).expanduser()
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return tuple(str(each).strip() for each in (value.split(",") if isinstance(value, str) else value))
 
 
 def _flag(name: str, key: str, value: Any) -> bool:
@@ -164,7 +182,7 @@ def _from_python(path: Path, name: str) -> dict[str, Any] | None:
 
 
 def _factory(name: str, factory: Any) -> Callable[..., Any]:
-    own = {"COCODataset": COCODataset, "PascalVOCDataset": PascalVOCDataset}
+    own = {each.__name__: each for each in (COCODataset, PascalVOCDataset, CityScapesDataset)}
     if callable(factory):
         return factory
     if factory in own:
@@ -178,21 +196,30 @@ def _factory(name: str, factory: Any) -> Callable[..., Any]:
         raise DataError(f"dataset {name!r}: factory {factory!r} cannot be imported: {error}") from error
 
 
+def _num_classes(cfg: Any) -> int:
+    return cfg.MODEL.RETINANET.NUM_CLASSES if cfg.MODEL.RETINANET_ON else cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES
+
+
 def build_dataset(cfg: Any, name: str, is_train: bool, transforms: Any = None) -> Any:
     """The dataset of a name, checked to hold images.
 
-    For training, COCO files lose images without usable annotations (unless the entry says otherwise) and crowds, VOC
-    its difficult objects; for testing everything stays. Your own factory gets its args and `transforms`.
+    For training, COCO files and Cityscapes lose images without usable annotations (unless the entry says otherwise),
+    COCO files crowds, VOC its difficult objects; for testing everything stays. Cityscapes has its ten classes, or the
+    eight that are evaluated where the model has nine with the background: the original's recipes ask for both. Your own
+    factory gets its args and `transforms`.
     """
     recipe = find_recipe(cfg, name)
     factory, args = _factory(name, recipe["factory"]), dict(recipe["args"])
+    if factory in (COCODataset, CityScapesDataset):
+        args[_REMOVE] = is_train and args.get(_REMOVE, True)
     if factory is COCODataset:
-        flag = "remove_images_without_annotations"
-        args[flag] = is_train and args.get(flag, True)
         args.setdefault("keep_crowd", not is_train)
         args.setdefault("json_category_ids", cfg.DATASETS.JSON_CATEGORY_IDS)
+        args.setdefault("keypoint_shift", conventions_of(cfg).keypoint_shift)
     elif factory is PascalVOCDataset:
         args.setdefault("use_difficult", not is_train)
+    elif factory is CityScapesDataset and _num_classes(cfg) == len(EVALUATED_CLASSES) + 1:
+        args.setdefault("classes", EVALUATED_CLASSES)
     if name in ("shapes_train", "shapes_val") and recipe == DatasetCatalog.get(name):
         try:
             ensure_shapes(data_dir() / "shapes")

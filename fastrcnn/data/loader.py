@@ -51,7 +51,8 @@ def make_data_loader(
     """The batches of DATASETS.TRAIN or DATASETS.TEST.
 
     Training: one Loader of (ImageBatch, TargetBatch, ids) over all datasets, from start_iter to SOLVER.MAX_ITER.
-    Testing: for each dataset one Loader of (ImageBatch, ids).
+    Testing: for each dataset one Loader of (ImageBatch, ids); with TEST.BBOX_AUG.ENABLED of (images, ids), uint8
+    [3, h, w] as they are in the files.
 
     Of world_size processes each gets its own part: in training equal ones, in testing every image once. Order and
     augmentation depend on SEED, iteration and image alone: not on the number of workers, nor on where a run resumed.
@@ -102,10 +103,10 @@ def images_per_process(cfg: Any, is_train: bool, world_size: int) -> int:
 
 def _classes_key(cfg: Any) -> tuple[str, int] | None:
     """The key that tells the number of classes, and the number; None for a model without classes."""
+    if cfg.MODEL.RETINANET_ON:  # the original's recipes set RPN_ONLY as well
+        return "MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES
     if cfg.MODEL.RPN_ONLY:
         return None
-    if cfg.MODEL.RETINANET_ON:
-        return "MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES
     return "MODEL.ROI_BOX_HEAD.NUM_CLASSES", cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES
 
 
@@ -251,7 +252,7 @@ class _Samples(Dataset):
 
 
 class _Collator:
-    """Samples → (ImageBatch, TargetBatch, ids), in testing (ImageBatch, ids)."""
+    """Samples → (ImageBatch, TargetBatch, ids), in testing (ImageBatch, ids), with augmentation (uint8 images, ids)."""
 
     def __init__(self, cfg: Any, name: str, is_train: bool) -> None:
         self.cfg = cfg
@@ -266,6 +267,8 @@ class _Collator:
             if isinstance(sample, SampleError):
                 return sample
         images, targets, ids, original_sizes = zip(*samples, strict=True)
+        if not self.is_train and self.cfg.TEST.BBOX_AUG.ENABLED:
+            return images, ids
         batch = ImageBatch.from_tensors(images, original_sizes, self.cfg)
         if not self.is_train:
             return batch, ids

@@ -1,17 +1,19 @@
 """Training, testing, checkpoints, and the processes that share the work."""
 
 from fastrcnn.engine.checkpoint import Checkpointer, config_of, find, read
+from fastrcnn.engine.ema import WeightAverage
 from fastrcnn.engine.hooks import Hook
 from fastrcnn.engine.inference import load_predictions, test, test_all
-from fastrcnn.engine.solver import WarmupMultiStepLR, lr_factor, make_optimizer
+from fastrcnn.engine.solver import LRSchedule, lr_factor, make_optimizer
 from fastrcnn.engine.trainer import Run, Trainer, output_folder, train
 
 __all__ = [
     "Checkpointer",
     "Hook",
+    "LRSchedule",
     "Run",
     "Trainer",
-    "WarmupMultiStepLR",
+    "WeightAverage",
     "config_of",
     "find",
     "load_predictions",

@@ -1,7 +1,8 @@
 """Checkpoints that survive: written atomically, read without running code, found again after a crash.
 
 A file holds {"model", "optimizer", "scheduler", "scaler", "iteration", "config" (YAML), "conventions" (name),
-"categories" (contiguous id → name)}. The folder's `last_checkpoint` is a text file with the name of the newest one.
+"categories" (contiguous id → name)}. With SOLVER.EMA_DECAY "model" is the average of the weights, and "trained" the
+weights themselves. The folder's `last_checkpoint` is a text file with the name of the newest one.
 """
 
 import logging
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from torch import nn
 
+from fastrcnn import weights
 from fastrcnn.config import Config, load_config
 from fastrcnn.engine import distributed
 
@@ -105,8 +107,10 @@ def read_last(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def find(path: str | Path) -> Path:
-    """The checkpoint file that a path means: itself, or for a folder its newest one. FileNotFoundError where there is
-    none."""
+    """The checkpoint file that a path means: itself, for a folder its newest one, for an address or a name of the
+    catalogue (see `fastrcnn.weights.fetch`) the fetched one. FileNotFoundError where there is none."""
+    if isinstance(path, str) and "://" in path:
+        return weights.fetch(path)
     path = Path(path)
     if path.is_file():
         return path
@@ -132,7 +136,8 @@ def config_of(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 class Checkpointer:
     """Saves and restores what a training run needs to go on: model, optimizer, scheduler and gradient scaler.
 
-    extra: further entries of the file, of plain types. Only rank 0 writes.
+    extra: further entries of the file, of plain types. average: the average of the model's weights, where there is one.
+    Only rank 0 writes.
     """
 
     def __init__(
@@ -143,6 +148,7 @@ class Checkpointer:
         scheduler: Stateful,
         scaler: Stateful,
         extra: dict[str, Any] | None = None,
+        average: nn.Module | None = None,
     ):
         self.folder = Path(folder)
         self.parts = {
@@ -152,6 +158,7 @@ class Checkpointer:
             "scaler": scaler,
         }
         self.extra = extra or {}
+        self.average = average
 
     def save(self, iteration: int, name: str | None = None) -> Path:
         """Writes model_{iteration:07d}.pth, or `name`, and points last_checkpoint at it."""
@@ -159,6 +166,8 @@ class Checkpointer:
         if distributed.is_main():
             contents = {key: part.state_dict() for key, part in self.parts.items()}
             contents |= {"iteration": iteration, **self.extra}
+            if self.average is not None:
+                contents |= {"trained": contents["model"], "model": self.average.state_dict()}
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda file: torch.save(contents, file))
             write_atomically(self.folder / LAST, lambda file: file.write(f"{path.name}\n".encode()))
@@ -169,15 +178,23 @@ class Checkpointer:
         """Puts the contents of a file back and returns its iteration.
 
         Learning rate, momentum and decay stay as they are configured now; the file gives the state that training made.
+        An average begins at the file's weights where the file has none. ValueError when the file does not fit.
         """
         missing = [key for key in (*self.parts, "iteration") if key not in contents]
         if missing:
             raise ValueError(f"the checkpoint cannot be resumed from: it has no {', '.join(missing)}")
-        for key, part in self.parts.items():
+        parts: list[tuple[str, Any]] = list(self.parts.items())
+        if "trained" in contents:
+            parts[0] = ("trained", parts[0][1])
+        if self.average is not None:
+            parts.append(("model", self.average))
+        for key, part in parts:
             if key == "scaler" and not contents[key]:
                 continue  # the file is of a run without float16
             settings = [{k: v for k, v in g.items() if k != "params"} for g in getattr(part, "param_groups", ())]
             try:
+                if settings and ("betas" in settings[0]) != ("betas" in contents[key]["param_groups"][0]):
+                    raise ValueError("it is of another SOLVER.OPTIMIZER")
                 part.load_state_dict(contents[key])
             except (RuntimeError, ValueError, KeyError) as error:
                 raise ValueError(f"the checkpoint's {key} does not fit this configuration: {error}") from error

@@ -62,8 +62,8 @@ class Checkpoints(Hook):
 
 
 class PeriodicTest(Hook):
-    """Runs `test() -> {dataset: results}` every `period` iterations, not at the last one, after which train() tests
-    anyway."""
+    """Writes what `test()` gives, such as {"eval": {dataset: results}}, every `period` iterations, not at the last one,
+    after which train() tests anyway."""
 
     def __init__(self, test: Callable[[], dict[str, Any]], period: int, metrics: "MetricsFile | None"):
         self.test = test
@@ -72,10 +72,10 @@ class PeriodicTest(Hook):
 
     def after_iteration(self, trainer: "Trainer") -> None:
         if trainer.iteration % self.period == 0 and trainer.iteration < trainer.max_iter:
-            results = self.test()
+            entry = self.test()
             trainer.model.train()
             if self.metrics is not None:
-                self.metrics.write({"iteration": trainer.iteration, "eval": results})
+                self.metrics.write({"iteration": trainer.iteration, **entry})
 
 
 class MetricsFile(Hook):

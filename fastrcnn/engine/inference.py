@@ -15,9 +15,10 @@ from fastrcnn.config import Config, conventions_of
 from fastrcnn.data import make_data_loader
 from fastrcnn.engine import checkpoint, distributed
 from fastrcnn.engine.logging import has_terminal, log_to
+from fastrcnn.engine.tta import detect_augmented
 from fastrcnn.evaluation import encode_masks, evaluate
 from fastrcnn.models import build_model
-from fastrcnn.structures import BoxList
+from fastrcnn.structures import BoxList, Keypoints
 
 logger = logging.getLogger("fastrcnn")
 
@@ -34,11 +35,11 @@ def detect(model: nn.Module, loader: Iterable, cfg: Config) -> dict[int, BoxList
     """Index in the dataset → detections in the frame of the original image, for the images of the loader of this
     process.
 
-    loader: gives (ImageBatch, ids). Masks become run lengths (field `rle`) at once, so the memory stays small.
+    loader: as `make_data_loader` gives it. Masks become run lengths (field `rle`) at once, so the memory stays small.
     """
     model.eval()
     device = next(model.parameters()).device
-    continuous = conventions_of(cfg).paste_continuous
+    conventions = conventions_of(cfg)
     predictions = {}
     bar = tqdm(
         loader,
@@ -49,10 +50,13 @@ def detect(model: nn.Module, loader: Iterable, cfg: Config) -> dict[int, BoxList
     )
     for images, ids in bar:
         with autocast(cfg, device):
-            detections = model(images.to(device, non_blocking=True))
+            if cfg.TEST.BBOX_AUG.ENABLED:
+                detections = detect_augmented(model, images, cfg)
+            else:
+                detections = model(images.to(device, non_blocking=True))
         for index, boxlist in zip(ids, detections.to_boxlists(), strict=True):
             if boxlist.has_field("mask"):
-                boxlist = encode_masks(boxlist, continuous=continuous)
+                boxlist = encode_masks(boxlist, conventions)
             predictions[int(index)] = boxlist
     return predictions
 
@@ -81,13 +85,15 @@ def inference(model: nn.Module, loader: Iterable, cfg: Config, output_folder: st
         folder = Path(output_folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_predictions(predictions, folder / "predictions.pth")
+        tasks = {"bbox": True, "segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
         results = evaluate(
             loader.dataset,
             predictions,
             folder,
-            iou_types=("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",),
+            iou_types=[task for task, wanted in tasks.items() if wanted],
             expected_results=cfg.TEST.EXPECTED_RESULTS,
             sigma_tol=cfg.TEST.EXPECTED_RESULTS_SIGMA_TOL,
+            box_only=cfg.MODEL.RPN_ONLY and not cfg.MODEL.RETINANET_ON,
             use_07_metric=cfg.TEST.USE_07_METRIC,
         )
     distributed.barrier()
@@ -96,11 +102,12 @@ def inference(model: nn.Module, loader: Iterable, cfg: Config, output_folder: st
 
 def save_predictions(predictions: dict[int, BoxList], path: Path) -> None:
     """As plain types, so that the file loads without running code: index → {"size" (w, h), "boxes" [N, 4] xyxy,
-    fields …}."""
-    plain = {
-        index: {"size": tuple(b.size), "boxes": b.bbox.cpu(), **{name: b.get_field(name) for name in b.fields()}}
-        for index, b in predictions.items()
-    }
+    fields …}; keypoints are a tensor [N, K, 3] there."""
+    plain = {}
+    for index, b in predictions.items():
+        values = {name: b.get_field(name) for name in b.fields()}
+        values = {name: v.keypoints if isinstance(v, Keypoints) else v for name, v in values.items()}
+        plain[index] = {"size": tuple(b.size), "boxes": b.bbox.cpu(), **values}
     checkpoint.write_atomically(path, lambda file: torch.save(plain, file))
 
 

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,15 @@ from torch import Tensor, nn
 
 from fastrcnn import weights
 from fastrcnn.config import Config, ConfigError, dump_config
-from fastrcnn.data import make_data_loader
+from fastrcnn.data import DataError, make_data_loader
 from fastrcnn.engine import checkpoint, distributed
+from fastrcnn.engine.ema import WeightAverage
 from fastrcnn.engine.hooks import Checkpoints, Hook, MetricsFile, PeriodicTest, Progress
 from fastrcnn.engine.inference import autocast, test_all
 from fastrcnn.engine.logging import has_terminal, log_to
-from fastrcnn.engine.solver import WarmupMultiStepLR, make_optimizer
+from fastrcnn.engine.solver import LRSchedule, make_optimizer
 from fastrcnn.models import build_model
+from fastrcnn.structures import ImageBatch, TargetBatch
 
 logger = logging.getLogger("fastrcnn")
 
@@ -47,7 +49,9 @@ class Trainer:
     """Runs iterations: batch to the device, losses, backward, clipping, update, next learning rate.
 
     model: `model(images, targets)` gives a dict of scalar losses, on one device; it may be DistributedDataParallel.
-    loader: gives (ImageBatch, TargetBatch, ids) for every iteration from `iteration` to SOLVER.MAX_ITER.
+    loader: gives (ImageBatch, TargetBatch, ids) for every iteration from `iteration` to SOLVER.MAX_ITER. With
+    SOLVER.ACCUMULATE_STEPS a batch goes through the model in so many parts, whose gradients are averaged as those of
+    so many processes would be. average: follows the weights after every update.
     Within an iteration nothing is read back from the device: the losses stay there and are read every
     SOLVER.LOG_PERIOD iterations, averaged over these iterations and over the ranks.
     """
@@ -58,11 +62,12 @@ class Trainer:
         model: nn.Module,
         loader: Iterable,
         optimizer: torch.optim.Optimizer,
-        scheduler: WarmupMultiStepLR,
+        scheduler: LRSchedule,
         scaler: torch.amp.GradScaler,
         device: torch.device,
         hooks: Sequence[Hook] = (),
         iteration: int = 0,
+        average: WeightAverage | None = None,
     ):
         self.cfg = cfg
         self.model = model
@@ -71,6 +76,7 @@ class Trainer:
         self.scheduler = scheduler
         self.scaler = scaler
         self.device = device
+        self.average = average
         self.hooks = hooks
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.iteration = iteration  # finished iterations
@@ -122,25 +128,43 @@ class Trainer:
         except StopIteration:
             raise RuntimeError(f"the loader ended at iteration {self.iteration} of {self.max_iter}") from None
         self._data_time += time.perf_counter() - before
-        images, targets = images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
-
-        with autocast(self.cfg, self.device):
-            losses = self.model(images, targets)
-        values = torch.stack([loss.float() for loss in losses.values()])
-        self._names = list(losses)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(values.sum()).backward()
+        values = self._backward(images, targets)
         if self.cfg.SOLVER.CLIP_GRADIENTS > 0:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.SOLVER.CLIP_GRADIENTS)
-        self._losses.append(values.detach())
+        self._losses.append(values)
         self._lr = self.scheduler.lr
         self.updating = True
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average is not None:
+            self.average.update()
         self.scheduler.step()
         self.iteration += 1
         self.updating = False
+
+    def _backward(self, images: ImageBatch, targets: TargetBatch) -> Tensor:
+        """Adds the gradient of the batch to that of the parameters, and gives its losses, [number of losses]."""
+        steps = self.cfg.SOLVER.ACCUMULATE_STEPS
+        size = len(images) // steps
+        if size * steps != len(images):
+            raise ConfigError(
+                f"SOLVER.ACCUMULATE_STEPS is {steps}; it must divide the images of a process, {len(images)}"
+            )
+        total = torch.zeros((), device=self.device)
+        for step in range(steps):
+            part = slice(step * size, (step + 1) * size)
+            some = [b._map(lambda t, part=part: t[part]).to(self.device, non_blocking=True) for b in (images, targets)]
+            last = step == steps - 1
+            with nullcontext() if last or not hasattr(self.model, "no_sync") else self.model.no_sync():
+                with autocast(self.cfg, self.device):
+                    losses = self.model(*some)
+                values = torch.stack([loss.float() for loss in losses.values()]) / steps
+                self.scaler.scale(values.sum()).backward()
+            total = total + values.detach()
+        self._names = list(losses)
+        return total
 
     def _restart_clock(self) -> None:
         self._since = time.perf_counter()
@@ -294,10 +318,15 @@ def _train(cfg: Config, device: torch.device, resume: bool, skip_test: bool) -> 
             cfg.MODEL.BACKBONE.FREEZE_CONV_BODY_AT,
         )
     optimizer = make_optimizer(cfg, model)
-    scheduler = WarmupMultiStepLR(cfg, optimizer)
+    scheduler = LRSchedule(cfg, optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.DTYPE == "float16")
     extra = {"config": dump_config(cfg), "conventions": cfg.MODEL.CONVENTIONS, "seed": cfg.SEED}
-    checkpointer = checkpoint.Checkpointer(output, model, optimizer, scheduler, scaler, extra)
+    wrapped = distributed.wrap(model)  # gives every rank the weights of rank 0, where the average begins
+    average = WeightAverage(model, solver.EMA_DECAY) if solver.EMA_DECAY > 0 else None
+    judged = model if average is None else average.model
+    checkpointer = checkpoint.Checkpointer(
+        output, model, optimizer, scheduler, scaler, extra, None if average is None else average.model
+    )
     iteration = 0
     if newest is not None:
         iteration = checkpointer.restore(newest[1])
@@ -323,17 +352,64 @@ def _train(cfg: Config, device: torch.device, resume: bool, skip_test: bool) -> 
         (output / "labels.json").write_text(json.dumps(categories, indent=2) + "\n", encoding="utf-8")
         metrics = MetricsFile(output / "metrics.jsonl", iteration)
         hooks = [metrics, Progress(solver.MAX_ITER, iteration, has_terminal()), *hooks]
+
+    def evaluation() -> dict[str, Any]:
+        entry: dict[str, Any] = {"eval": test_all(judged, test_loaders, cfg)}
+        if solver.TEST_PERIOD > 0:
+            entry["validation"] = validation_losses(cfg, judged, sum(len(each.dataset) for each in test_loaders))
+        return entry
+
     if solver.TEST_PERIOD > 0:
-        hooks.append(PeriodicTest(lambda: test_all(model, test_loaders, cfg), solver.TEST_PERIOD, metrics))
+        hooks.append(PeriodicTest(evaluation, solver.TEST_PERIOD, metrics))
 
     started = time.perf_counter()
     trainer = Trainer(
-        cfg, distributed.wrap(model), loader, optimizer, scheduler, scaler, device, hooks=hooks, iteration=iteration
+        cfg, wrapped, loader, optimizer, scheduler, scaler, device, hooks=hooks, iteration=iteration, average=average
     )
     trainer.run()
     logger.info("trained %d iterations in %.1f s", trainer.iteration - iteration, time.perf_counter() - started)
 
-    results = {} if skip_test else test_all(model, test_loaders, cfg)
-    if metrics is not None and results:
-        metrics.write({"iteration": trainer.iteration, "eval": results})
-    return Run(output, trainer.iteration, results)
+    entry = {"eval": {}} if skip_test else evaluation()
+    if metrics is not None and entry["eval"]:
+        metrics.write({"iteration": trainer.iteration, **entry})
+    return Run(output, trainer.iteration, entry["eval"])
+
+
+@torch.no_grad()
+def validation_losses(cfg: Config, model: nn.Module, count: int) -> dict[str, float]:
+    """The means of the training losses, and of their sum "loss", over `count` images of DATASETS.TEST, on every rank.
+
+    The images have the sizes and batches of testing and no augmentation; the random numbers are the same each time.
+    Statistics of batch norm are used, not changed. {} with a warning where a dataset has no ground truth to learn from.
+    """
+    own = cfg.clone()
+    own.DATASETS.TRAIN = cfg.DATASETS.TEST
+    own.INPUT.MIN_SIZE_TRAIN, own.INPUT.MAX_SIZE_TRAIN = (cfg.INPUT.MIN_SIZE_TEST,), cfg.INPUT.MAX_SIZE_TEST
+    own.INPUT.LSJ_SIZE = 0
+    for name in "BRIGHTNESS CONTRAST SATURATION HUE HORIZONTAL_FLIP_PROB_TRAIN VERTICAL_FLIP_PROB_TRAIN".split():
+        setattr(own.INPUT, name, 0.0)
+    own.SOLVER.IMS_PER_BATCH = cfg.TEST.IMS_PER_BATCH
+    own.SOLVER.MAX_ITER = -(-count // cfg.TEST.IMS_PER_BATCH)
+    rank, device = distributed.rank(), next(model.parameters()).device
+    seed_all(cfg.SEED, rank, 0)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    means: dict[str, Tensor] = {}
+    failure = None
+    try:
+        for images, targets, _ in make_data_loader(own, True, rank=rank, world_size=distributed.world_size()):
+            with autocast(cfg, device):
+                losses = model(images.to(device, non_blocking=True), targets.to(device, non_blocking=True))
+            for name, loss in losses.items():
+                means[name] = means.get(name, 0) + loss.float() / own.SOLVER.MAX_ITER
+    except DataError as error:
+        failure = error
+    model.eval()
+    if distributed.mean_over_ranks(torch.tensor(float(failure is not None))) > 0:  # on any rank
+        logger.warning("no validation losses: %s", failure or "another process could not read its images")
+        return {}
+    values = distributed.mean_over_ranks(torch.stack(list(means.values()))).tolist()
+    logger.info("validation losses: %s", "  ".join(f"{k}: {v:.4f}" for k, v in zip(means, values, strict=True)))
+    return {"loss": sum(values), **dict(zip(means, values, strict=True))}

@@ -1,6 +1,7 @@
-"""Detections against ground truth: COCO's and PASCAL VOC's measures.
+"""Detections against ground truth: COCO's, PASCAL VOC's and Cityscapes' measures.
 
-`evaluate` picks by what the dataset offers: `coco` (a pycocotools COCO), `get_groundtruth(i)` (VOC), or its targets.
+`evaluate` picks by what the dataset offers: `coco` (a pycocotools COCO), `get_instance_ids(i)` (Cityscapes),
+`get_groundtruth(i)` (VOC), or its targets.
 """
 
 import json
@@ -9,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastrcnn.evaluation.coco import coco_from_targets, evaluate_coco, evaluate_proposals, image_id_of, to_coco_results
+from fastrcnn.evaluation.cityscapes import evaluate_cityscapes
+from fastrcnn.evaluation.coco import coco_from_targets, evaluate_coco, image_id_of, to_coco_results
 from fastrcnn.evaluation.masks import encode_masks
+from fastrcnn.evaluation.proposals import evaluate_proposals
 from fastrcnn.evaluation.voc import evaluate_voc
 from fastrcnn.structures import BoxList
 
@@ -18,6 +21,7 @@ __all__ = [
     "check_expected_results",
     "encode_masks",
     "evaluate",
+    "evaluate_cityscapes",
     "evaluate_coco",
     "evaluate_proposals",
     "evaluate_voc",
@@ -41,8 +45,9 @@ def evaluate(
 
     `predictions`: by index of the dataset, in pixels of the original images, fields as `to_coco_results` says. An image
     without prediction counts as one with no detections. A dataset with `coco` gets COCO's measures; one with
-    `get_groundtruth` VOC's (`use_07_metric`: see `evaluate_voc`), boxes only; the targets of any other are turned into
-    COCO's form. `box_only` measures the recall of proposals, {"box_proposal": {"AR@100": …}}, and nothing else.
+    `get_instance_ids` Cityscapes', one with `get_groundtruth` alone VOC's (`use_07_metric`: see `evaluate_voc`), boxes
+    only; the targets of any other are turned into COCO's form. `box_only` measures the recall of proposals,
+    {"box_proposal": {"AR@100": …}}, and nothing else.
     Writes the results ({bbox,segm,keypoints}.json, VOC: result.txt) into `output_folder` unless it is None.
     `expected_results`, [task, metric, [mean, deviation]], are checked within `sigma_tol` deviations.
     """
@@ -51,14 +56,15 @@ def evaluate(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     measures: dict[str, dict[str, float]] = {}
-    if hasattr(dataset, "get_groundtruth") and not hasattr(dataset, "coco") and not box_only:
+    cityscapes = hasattr(dataset, "get_instance_ids") and not box_only
+    if hasattr(dataset, "get_groundtruth") and not hasattr(dataset, "coco") and not cityscapes and not box_only:
         if skipped := [task for task in iou_types if task != "bbox"]:
             logger.warning(
                 "a dataset with get_groundtruth() is evaluated by its boxes: no %s measures", ", ".join(skipped)
             )
         measures["bbox"] = evaluate_voc(dataset, predictions, folder, use_07_metric=use_07_metric)
     else:
-        truth = dataset.coco if hasattr(dataset, "coco") else coco_from_targets(dataset)
+        truth = dataset.coco if hasattr(dataset, "coco") else None if cityscapes else coco_from_targets(dataset)
         ids = [image_id_of(dataset, index) for index in range(len(dataset))]
         if box_only:
             by_id = {ids[index]: boxlist for index, boxlist in predictions.items()}
@@ -67,7 +73,10 @@ def evaluate(
             results = to_coco_results(dataset, predictions, task)
             if folder is not None:
                 (folder / f"{task}.json").write_text(json.dumps(results))
-            measures[task] = evaluate_coco(truth, results, task, image_ids=ids)
+            if cityscapes:
+                measures[task] = evaluate_cityscapes(dataset, predictions, task)
+            else:
+                measures[task] = evaluate_coco(truth, results, task, image_ids=ids)
     for task, values in measures.items():
         logger.info("%s on %d images\n%s", task, len(dataset), format_table(values))
     check_expected_results(measures, expected_results, sigma_tol)
@@ -93,8 +102,11 @@ def _check_frames(dataset: Any, predictions: Mapping[int, BoxList]) -> None:
 def format_table(measures: Mapping[str, float], columns: int = 6) -> str:
     """Names above their values, `columns` to a line, then those of the classes; "-" for what cannot be measured."""
     lines = []
-    classes = {name.split("/", 1)[1]: value for name, value in measures.items() if "/" in name}
-    for group in ({name: value for name, value in measures.items() if "/" not in name}, classes):
+    means = {name: value for name, value in measures.items() if "/" not in name}
+    per_class = {name: value for name, value in measures.items() if "/" in name}
+    if len({name.split("/", 1)[0] for name in per_class}) == 1:  # else the whole names, such as AP50/car
+        per_class = {name.split("/", 1)[1]: value for name, value in per_class.items()}
+    for group in (means, per_class):
         cells = [(name, f"{value:.4f}" if value >= 0 else "-") for name, value in group.items()]
         width = max((len(name) for name, _ in cells), default=0)
         for start in range(0, len(cells), columns):

@@ -1,4 +1,4 @@
-"""COCO's measures by pycocotools, and the recall of class-agnostic proposals."""
+"""COCO's measures by pycocotools."""
 
 import contextlib
 import io
@@ -20,7 +20,6 @@ METRICS = {
     "segm": _METRICS,
     "keypoints": ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl"),
 }
-_AREAS = {"": (0.0, 1e10), "s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, 1e10)}
 _OKS_SIGMA = 0.05  # for keypoints other than COCO's 17: about their mean, as no spread of annotators is known
 
 
@@ -47,6 +46,8 @@ def evaluate_coco(
         evaluation = COCOeval(truth, detections, iou_type)
         if iou_type == "keypoints":
             counts = {category["id"]: len(category["keypoints"]) for category in truth.dataset["categories"]}
+            if odd := {len(result["keypoints"]) // 3 for result in results}.difference(counts.values()):
+                raise ValueError(f"results have {min(odd)} keypoints, the ground truth has {max(counts.values())}")
             evaluation.params.catIds = sorted(counts)
             if set(counts.values()) != {17}:
                 evaluation.params.kpt_oks_sigmas = np.full(max(counts.values()), _OKS_SIGMA)
@@ -113,8 +114,8 @@ def to_coco_results(dataset: Any, predictions: Mapping[int, BoxList], iou_type: 
     """Predictions per index of the dataset, in pixels of the original images, → COCO's result format.
 
     Boxes become xywh, labels the category ids of the annotation file. Fields: scores, labels, and `rle` for "segm",
-    `keypoints` ([N,K,3] or `Keypoints`) for "keypoints". Those two have no `bbox`, so that COCO takes the area of the
-    mask or of the keypoints.
+    `keypoints` ([N,K,3] or `Keypoints`) for "keypoints", from which the dataset's `keypoint_shift` (default 0.5) is
+    taken off. Those two have no `bbox`, so that COCO takes the area of the mask or of the keypoints.
     """
     return [
         {"image_id": image_id, "category_id": category_id, **value, "score": score}
@@ -135,10 +136,7 @@ def _rows(dataset: Any, index: int, boxlist: BoxList, iou_type: str) -> Iterator
     elif iou_type == "segm":
         values = [{"segmentation": code} for code in boxlist.get_field("rle")]
     else:
-        values = [
-            {"keypoints": points}
-            for points in _points(boxlist.get_field("keypoints")).flatten(1).round(decimals=3).tolist()
-        ]
+        values = [{"keypoints": points} for points in _points(dataset, boxlist).flatten(1).round(decimals=3).tolist()]
     to_json = getattr(dataset, "contiguous_category_id_to_json_id", None)
     labels = boxlist.get_field("labels").tolist()
     image_id = image_id_of(dataset, index)
@@ -158,10 +156,12 @@ def _xywh(boxlist: BoxList) -> torch.Tensor:
     return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).round(decimals=3)
 
 
-def _points(keypoints: Any) -> torch.Tensor:
+def _points(dataset: Any, boxlist: BoxList) -> torch.Tensor:
     """float64 [N,K,3] in COCO's convention, which puts 0 in the middle of the first pixel; ours is 0.5 there."""
+    keypoints = boxlist.get_field("keypoints")
     values = (keypoints if isinstance(keypoints, torch.Tensor) else keypoints.keypoints).double()
-    return values - values.new_tensor([0.5, 0.5, 0])
+    shift = getattr(dataset, "keypoint_shift", 0.5)
+    return values - values.new_tensor([shift, shift, 0])
 
 
 def image_id_of(dataset: Any, index: int) -> int:
@@ -207,7 +207,7 @@ def _annotations(dataset: Any, target: BoxList) -> Iterator[dict]:
     sides, areas = boxes.tolist(), boxes[:, 2:].prod(1).tolist()
     crowd = target.get_field("iscrowd").tolist() if target.has_field("iscrowd") else [0] * len(target)
     codes = _codes(target.get_field("masks")) if target.has_field("masks") else None
-    points = _points(target.get_field("keypoints")).flatten(1).tolist() if target.has_field("keypoints") else None
+    points = _points(dataset, target).flatten(1).tolist() if target.has_field("keypoints") else None
     for number, label in enumerate(target.get_field("labels").tolist()):
         annotation = {
             "category_id": to_json.get(label, label),
@@ -224,57 +224,3 @@ def _annotations(dataset: Any, target: BoxList) -> Iterator[dict]:
 
 def _codes(masks: SegmentationMask) -> list[dict]:
     return encode_bitmaps(masks.convert("mask").get_mask_tensor())
-
-
-def evaluate_proposals(
-    coco_gt: COCO,
-    proposals: Mapping[int, BoxList],
-    limits: Sequence[int] = (100, 1000),
-    image_ids: Sequence[int] | None = None,
-) -> dict[str, float]:
-    """Average recall of class-agnostic boxes, keyed by image id: "AR@100", and "ARs@100", "ARm@100", "ARl@100" by area.
-
-    The mean of the recall at IoU 0.5, 0.55, … 0.95, as maskrcnn-benchmark measures it: of the best `limit` boxes of an
-    image, the pair with the highest IoU is matched first, then the next among the boxes and objects left; crowds do not
-    count. Ordered by field `objectness`, or `scores`. -1 where there are no objects of that size.
-    """
-    thresholds = np.arange(0.5, 0.96, 0.05)
-    matched: dict[str, list[np.ndarray]] = {f"AR{name}@{limit}": [] for limit in limits for name in _AREAS}
-    for image_id in sorted(coco_gt.imgs) if image_ids is None else image_ids:
-        objects = [a for a in coco_gt.imgToAnns.get(image_id, ()) if not a.get("iscrowd", 0)]
-        boxes = np.array([a["bbox"] for a in objects], dtype=np.float64).reshape(-1, 4)
-        areas = np.array([a.get("area", a["bbox"][2] * a["bbox"][3]) for a in objects])
-        found = _ordered(proposals.get(image_id))
-        for name, (low, high) in _AREAS.items():
-            chosen = boxes[(areas >= low) & (areas <= high)] if len(boxes) else boxes
-            for limit in limits:
-                matched[f"AR{name}@{limit}"].append(_greedy_ious(found[:limit], chosen))
-    measures = {}
-    for name, ious in matched.items():
-        best = np.concatenate(ious) if ious else np.zeros(0)
-        measures[name] = float((best[None] >= thresholds[:, None]).mean()) if len(best) else -1.0
-    return measures
-
-
-def _ordered(boxlist: BoxList | None) -> np.ndarray:
-    """float64 [N,4] xywh, best first."""
-    if boxlist is None or not len(boxlist):
-        return np.zeros((0, 4))
-    order = boxlist.get_field("objectness" if boxlist.has_field("objectness") else "scores").argsort(
-        descending=True, stable=True
-    )
-    boxes = boxlist.convert("xyxy").bbox[order].double().cpu().numpy()
-    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
-
-
-def _greedy_ious(found: np.ndarray, objects: np.ndarray) -> np.ndarray:
-    """The IoU with which each object is matched, [G], in the order of matching; 0 for objects that get no box."""
-    best = np.zeros(len(objects))
-    if len(found) and len(objects):
-        ious = np.array(pycocotools.mask.iou(found, objects, [0] * len(objects)))  # [N, G]
-        for number in range(min(ious.shape)):
-            row, column = np.unravel_index(ious.argmax(), ious.shape)
-            best[number] = ious[row, column]
-            ious[row] = -1
-            ious[:, column] = -1
-    return best

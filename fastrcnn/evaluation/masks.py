@@ -3,27 +3,31 @@
 import pycocotools.mask
 import torch
 
+from fastrcnn.config import Conventions
 from fastrcnn.ops import paste_masks
 from fastrcnn.structures import BoxList
 
 _CHUNK_PIXELS = 1 << 24  # 64 MiB of float32 probabilities at a time, however many masks and however large the image
 
 
-def encode_masks(boxlist: BoxList, continuous: bool) -> BoxList:
-    """A copy of `boxlist` in which field `mask` (probabilities [N,M,M] or [N,1,M,M]) became field `rle`.
+def encode_masks(boxlist: BoxList, conventions: Conventions) -> BoxList:
+    """A copy of `boxlist` in which field `mask` became field `rle`, a list of N compressed codes of pycocotools
+    ({"size": [h, w], "counts": str}) of the image of the box list.
 
-    `rle` is a list of N compressed codes of pycocotools ({"size": [h, w], "counts": str}) of the image of the box list,
-    whose boxes must be xyxy pixels of it. `continuous` is `fastrcnn.ops.paste_masks`'s rule of pasting.
+    mask: probabilities [N,M,M] or [N,1,M,M], pasted at the boxes (xyxy pixels of the image) as the conventions have it,
+    or bool [N,H,W], which are pasted already.
     """
     width, height = boxlist.size
     masks = boxlist.get_field("mask")
-    masks = masks.reshape(len(boxlist), *masks.shape[-2:])
     step = max(1, _CHUNK_PIXELS // (height * width))
     codes: list[dict] = []
     for start in range(0, len(boxlist), step):
-        chunk = slice(start, start + step)
-        pasted = paste_masks(masks[chunk], boxlist.bbox[chunk], (height, width), continuous=continuous)
-        codes += encode_bitmaps(pasted)
+        part = masks[start : start + step]
+        if part.dtype != torch.bool:
+            boxes = conventions.corners(boxlist.bbox[start : start + step])
+            part = part.reshape(len(boxes), *part.shape[-2:])
+            part = paste_masks(part, boxes, (height, width), continuous=conventions.paste_continuous)
+        codes += encode_bitmaps(part)
     result = boxlist.copy_with_fields([name for name in boxlist.fields() if name != "mask"])
     result.add_field("rle", codes)
     return result

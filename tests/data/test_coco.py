@@ -116,6 +116,13 @@ def test_keypoints(test_data):
     assert len(dataset) > 5
 
 
+def test_keypoints_stay_the_indices_of_pixels_on_demand(tmp_path):
+    categories = [{"id": 3, "name": "cat", "keypoints": ["head", "tail"]}]
+    arguments = write_coco(tmp_path, [annotation(1, keypoints=[1, 2, 2, 0, 0, 0])], categories=categories)
+    keypoints = COCODataset(**arguments, keypoint_shift=0.0)[0][1].get_field("keypoints").keypoints
+    assert keypoints.tolist() == [[[1, 2, 2], [0, 0, 0]]]
+
+
 def test_keypoints_of_one_class_among_others(tmp_path):
     categories = [{"id": 3, "name": "cat"}, {"id": 7, "name": "man", "keypoints": ["head", "left_hand", "right_hand"]}]
     anns = [annotation(1), annotation(1, category_id=7, keypoints=[1, 2, 2, 3, 4, 1, 0, 0, 0])]

@@ -183,6 +183,10 @@ def test_number_of_classes_must_fit(folder):
         make_data_loader(cfg, is_train=True)
     cfg.MODEL.RPN_ONLY = True
     assert len(make_data_loader(cfg, is_train=True)) == 10
+    cfg.MODEL.RETINANET_ON = True  # as the original's recipes have it, beside RPN_ONLY
+    cfg.MODEL.RETINANET.NUM_CLASSES = 4
+    with pytest.raises(DataError, match=r"MODEL\.RETINANET\.NUM_CLASSES is 4; .* so it must be 8"):
+        make_data_loader(cfg, is_train=True)
 
 
 def test_missing_names_and_masks_are_errors(folder):
@@ -191,6 +195,28 @@ def test_missing_names_and_masks_are_errors(folder):
     loader = make_data_loader(config(folder, "MODEL.KEYPOINT_ON", "True"), is_train=True)
     with pytest.raises(DataError, match=r"MODEL\.KEYPOINT_ON is set, but dataset 'mine' has no keypoints"):
         next(iter(loader))
+
+
+@pytest.mark.parametrize(("conventions", "shift"), [("modern", 0.5), ("torchvision", 0.0), ("detectron", 0.0)])
+def test_keypoints_reach_the_batch(tmp_path, conventions, shift):
+    """Mirrored with their image and their names; images with fewer than ten labelled ones are left out of training."""
+    names = [f"{side}_{part}" for part in "abcde" for side in ("left", "right")]
+    categories = [{"id": 3, "name": "cat", "keypoints": names}]
+    points = [[2 * k + 3, k + 5, 1 + k % 2] for k in range(10)]
+    few = [[*point[:2], 0] if k == 4 else point for k, point in enumerate(points)]
+    flat = [[value for point in each for value in point] for each in (points, few)]
+    anns = [annotation(1, (0, 0, 40, 30), keypoints=flat[0]), annotation(2, keypoints=flat[1])]
+    write_coco(tmp_path, anns, categories=categories)
+    overrides = f"MODEL.KEYPOINT_ON True MODEL.ROI_BOX_HEAD.NUM_CLASSES 2 MODEL.CONVENTIONS {conventions}".split()
+    overrides += "INPUT.HORIZONTAL_FLIP_PROB_TRAIN 1.0 SOLVER.MAX_ITER 1 SOLVER.IMS_PER_BATCH 1".split()
+    cfg = config(tmp_path, *overrides)
+    loader = make_data_loader(cfg, is_train=True)
+    assert loader.dataset.ids == [1]
+    ((images, targets, _),) = loader
+    assert images.sizes.tolist() == [[30, 40]]
+    mirrored = [points[k + 1 - 2 * (k % 2)] for k in range(10)]  # left ↔ right
+    want = [[40 - (x + shift), y + shift, v] for x, y, v in mirrored]
+    assert targets.keypoints[0].tolist() == [want]
 
 
 def own(tmp_path, kind: str, arguments: str = "") -> object:

@@ -6,7 +6,7 @@ import torch
 from engine.standins import TinyDetector, tiny_config
 
 from fastrcnn.engine import checkpoint
-from fastrcnn.engine.solver import WarmupMultiStepLR, make_optimizer
+from fastrcnn.engine.solver import LRSchedule, make_optimizer
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def parts(cfg, seed=0):
         if parameter.requires_grad:
             parameter.grad = torch.randn_like(parameter)
     optimizer.step()
-    schedule = WarmupMultiStepLR(cfg, optimizer)
+    schedule = LRSchedule(cfg, optimizer)
     return checkpoint.Checkpointer(
         cfg.OUTPUT_DIR, model, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False), {"config": "text"}
     )

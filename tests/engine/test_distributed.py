@@ -24,7 +24,7 @@ from fastrcnn.engine import distributed, train
 
 standins.use_standins(noise=0.0)
 folder = Path(sys.argv[1])
-run = train(standins.tiny_config(folder / "run"))
+run = train(standins.tiny_config(folder / "run", ACCUMULATE_STEPS=2, EMA_DECAY=0.5, TEST_PERIOD=4))
 
 if distributed.world_size() > 1:
     with distributed.session("cpu"):
@@ -70,14 +70,17 @@ def both(tmp_path_factory):
 
 def test_two_processes_train_as_one_with_the_same_batch(both):
     one, two = (checkpoint.read(folder / "run" / "model_final.pth") for folder in both)
-    for name, value in one["model"].items():
-        torch.testing.assert_close(two["model"][name], value, rtol=1e-5, atol=1e-6, msg=name)
+    for weights in ("model", "trained"):
+        for name, value in one[weights].items():
+            torch.testing.assert_close(two[weights][name], value, rtol=1e-5, atol=1e-6, msg=name)
     losses = [[json.loads(line) for line in (f / "run" / "metrics.jsonl").read_text().splitlines()] for f in both]
-    assert len(losses[0]) == len(losses[1]) == 5
+    assert len(losses[0]) == len(losses[1]) == 6
     for single, shared in zip(*losses, strict=True):
         assert shared["iteration"] == single["iteration"]
         if "loss" in single:
             assert shared["loss"] == pytest.approx(single["loss"], rel=1e-4)
+        else:
+            assert shared["validation"] == pytest.approx(single["validation"], rel=1e-4)
 
 
 def test_detections_of_all_processes_are_evaluated(both):

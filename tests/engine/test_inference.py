@@ -1,11 +1,20 @@
+import json
 import logging
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from data.makers import annotation, write_coco
 from engine import standins
 from engine.standins import TestLoader, TinyDetector, tiny_config
 
+from fastrcnn.config import load_config
+from fastrcnn.data import make_data_loader
 from fastrcnn.engine import checkpoint, inference
+from fastrcnn.evaluation import evaluate
+from fastrcnn.models import build_model
+from fastrcnn.structures import PersonKeypoints
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +36,22 @@ def test_detections_reach_the_evaluation_and_the_file(tmp_path):
         torch.testing.assert_close(boxlist.bbox, torch.tensor([[corner, corner, corner + 8, corner + 8]]))
         assert boxlist.get_field("scores").tolist() == pytest.approx([0.9])
         assert boxlist.get_field("labels").tolist() == [1]
+
+
+def test_proposals_are_measured_by_their_recall(tmp_path):
+    class Proposals(TinyDetector):
+        def forward(self, images, targets=None):
+            return replace(super().forward(images), labels=None)
+
+    cfg = tiny_config(tmp_path)
+    cfg.MODEL.RPN_ONLY = True
+    results = inference.inference(Proposals().eval(), TestLoader(0, 1), cfg, tmp_path)
+    assert set(results) == {"box_proposal"}
+    assert 0 < results["box_proposal"]["AR@100"] < 1
+    predictions = inference.load_predictions(tmp_path / "predictions.pth")
+    assert all(boxlist.fields() == ["objectness"] for boxlist in predictions.values())
+    cfg.MODEL.RETINANET_ON = True  # its recipes set both
+    assert set(inference.inference(TinyDetector().eval(), TestLoader(0, 1), cfg, tmp_path)) == {"bbox"}
 
 
 def test_the_metric_of_voc_2007_is_passed_on(tmp_path, monkeypatch):
@@ -71,3 +96,33 @@ def test_weights_that_are_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         inference.test(tiny_config(tmp_path), tmp_path / "absent.pth")
     assert not list(checkpoint.candidates(tmp_path))
+
+
+def test_keypoints_reach_the_evaluation_and_the_files(tmp_path, repository):
+    """From a model with a keypoint head to the measures, and again from the file of its predictions."""
+    points = [value for k in range(17) for value in (8 + 4 * (k % 5), 10 + 6 * (k // 5), 2)]
+    person = {"id": 1, "name": "person", "keypoints": PersonKeypoints.NAMES}
+    annotations = [annotation(i, (4, 6, 24, 22), 1, keypoints=points, num_keypoints=17) for i in (1, 2)]
+    write_coco(tmp_path, annotations, categories=[person])
+    overrides = (
+        "MODEL.DEVICE cpu MODEL.MASK_ON False MODEL.KEYPOINT_ON True MODEL.ROI_BOX_HEAD.NUM_CLASSES 2 "
+        "MODEL.ROI_KEYPOINT_HEAD.SHARE_BOX_FEATURE_EXTRACTOR False MODEL.ROI_KEYPOINT_HEAD.RESOLUTION 56 "
+        "MODEL.ROI_KEYPOINT_HEAD.CONV_LAYERS (8,) MODEL.ROI_KEYPOINT_HEAD.POOLER_SCALES (0.25,0.125,0.0625,0.03125) "
+        "MODEL.ROI_HEADS.SCORE_THRESH 0.0 MODEL.ROI_HEADS.DETECTIONS_PER_IMG 5 TEST.IMS_PER_BATCH 2"
+    )
+    cfg = load_config(repository / "configs" / "quick_start.yaml", [*overrides.split(), "DATASETS.TEST", "('mine',)"])
+    entry = {"img_dir": str(tmp_path / "images"), "ann_file": str(tmp_path / "annotations.json")}
+    cfg.DATASETS.REGISTER = {"mine": entry}
+    (loader,) = make_data_loader(cfg, is_train=False)
+    results = inference.inference(build_model(cfg), loader, cfg, tmp_path)
+    assert set(results) == {"bbox", "keypoints"}
+    assert 0 <= results["keypoints"]["AP"] <= 1
+    written = json.loads((tmp_path / "keypoints.json").read_text())
+    assert len(written) == 10
+    predictions = inference.load_predictions(tmp_path / "predictions.pth")
+    first = predictions[0].get_field("keypoints")
+    assert first.shape == (5, 17, 3)
+    assert predictions[0].get_field("keypoint_scores").shape == (5, 17)
+    ours = np.reshape(written[0]["keypoints"], (17, 3)) + np.array([0.5, 0.5, 0])
+    np.testing.assert_allclose(ours, first[0], atol=1e-3)
+    assert evaluate(loader.dataset, predictions, None, ("bbox", "keypoints")) == results

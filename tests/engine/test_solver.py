@@ -3,7 +3,7 @@ import torch
 from engine.standins import TinyDetector, tiny_config
 
 from fastrcnn.config import Config
-from fastrcnn.engine import WarmupMultiStepLR, lr_factor, make_optimizer
+from fastrcnn.engine import LRSchedule, lr_factor, make_optimizer
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_schedule_sets_the_rate_of_every_group_without_drift(cfg):
     cfg.SOLVER.WARMUP_ITERS = 4
     cfg.SOLVER.STEPS = (6,)
     optimizer = make_optimizer(cfg, TinyDetector())
-    schedule = WarmupMultiStepLR(cfg, optimizer)
+    schedule = LRSchedule(cfg, optimizer)
     seen = []
     for _ in range(8):
         seen.append([group["lr"] for group in optimizer.param_groups])
@@ -88,3 +88,69 @@ def test_overflow_in_the_first_step_leaves_no_trace(tmp_path):
         scaler.step(optimizer)
         scaler.update()
     torch.testing.assert_close(model.head.weight.detach(), before - 0.05)
+
+
+def test_cosine_is_torchs(cfg):
+    """Against torch's closed form, warm-up apart."""
+    cfg.SOLVER.LR_SCHEDULER, cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS = "cosine", 20, 0
+    peer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(peer, T_max=20)
+    for iteration in range(21):
+        assert lr_factor(cfg, iteration) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+        peer.step()
+        schedule.step()
+    assert lr_factor(cfg, 25) == 0
+    plain = [lr_factor(cfg, i) for i in range(8)]
+    cfg.SOLVER.WARMUP_ITERS = 6
+    warm = [1 / 3 + 2 / 3 * min(i / 6, 1) for i in range(8)]
+    assert [lr_factor(cfg, i) for i in range(8)] == pytest.approx([a * b for a, b in zip(plain, warm, strict=True)])
+
+
+class WithNorms(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 1)
+        self.norm = torch.nn.BatchNorm2d(4)
+        self.groups = torch.nn.GroupNorm(2, 4)
+
+
+def test_weights_of_norms_have_their_own_decay(tmp_path):
+    model = WithNorms()
+    cfg = tiny_config(tmp_path, WEIGHT_DECAY=0.1, WEIGHT_DECAY_BIAS=0.2)
+    assert len(make_optimizer(cfg, model).param_groups) == 2
+    cfg.SOLVER.WEIGHT_DECAY_NORM = 0.0
+    decay = {id(p): group["weight_decay"] for group in make_optimizer(cfg, model).param_groups for p in group["params"]}
+    assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
+        "conv.weight": 0.1,
+        "conv.bias": 0.2,
+        "norm.weight": 0.0,
+        "norm.bias": 0.2,
+        "groups.weight": 0.0,
+        "groups.bias": 0.2,
+    }
+
+
+def test_adamw_is_the_textbook_update(tmp_path):
+    """Loshchilov and Hutter, 2019, with the rates and decays of the groups."""
+    cfg = tiny_config(tmp_path, OPTIMIZER="AdamW", BETAS=(0.8, 0.95), EPSILON=1e-3, WEIGHT_DECAY=0.1)
+    cfg.SOLVER.WEIGHT_DECAY_BIAS = 0.3
+    model = TinyDetector().double()
+    optimizer = make_optimizer(cfg, model)
+    values = {"weight": model.head.weight.detach().clone(), "bias": model.head.bias.detach().clone()}
+    mean, square = dict.fromkeys(values, 0.0), dict.fromkeys(values, 0.0)
+    for step in range(1, 4):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 0.1 * step) if parameter.requires_grad else None
+        optimizer.step()
+        for name, lr, decay in (("weight", 0.05, 0.1), ("bias", 0.1, 0.3)):
+            mean[name] = 0.8 * mean[name] + 0.2 * 0.1 * step
+            square[name] = 0.95 * square[name] + 0.05 * (0.1 * step) ** 2
+            move = mean[name] / (1 - 0.8**step) / ((square[name] / (1 - 0.95**step)) ** 0.5 + 1e-3)
+            values[name] = values[name] * (1 - lr * decay) - lr * move
+    torch.testing.assert_close(model.head.weight.detach(), values["weight"])
+    torch.testing.assert_close(model.head.bias.detach(), values["bias"])
+
+
+def test_steps_fall_by_gamma(cfg):
+    cfg.SOLVER.GAMMA = 0.5
+    assert [lr_factor(cfg, i) for i in (59999, 60000, 80000)] == [1.0, 0.5, 0.25]

@@ -7,9 +7,10 @@ import torch
 from engine import standins
 from engine.standins import TinyDetector, TrainLoader, tiny_config
 
-from fastrcnn.engine import checkpoint, trainer
+from fastrcnn.data import DataError
+from fastrcnn.engine import WeightAverage, checkpoint, trainer
 from fastrcnn.engine.hooks import Hook
-from fastrcnn.engine.solver import WarmupMultiStepLR, make_optimizer
+from fastrcnn.engine.solver import LRSchedule, make_optimizer
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +82,7 @@ def test_the_loop_is_plain_sgd(tmp_path):
     seen = []
     hook = Hook()
     hook.after_iteration = lambda t: seen.append(t.metrics)
-    schedule = WarmupMultiStepLR(cfg, optimizer)
+    schedule = LRSchedule(cfg, optimizer)
     trainer.Trainer(
         cfg, model, TrainLoader(cfg, 0, 0, 1), optimizer, schedule, scaler, torch.device("cpu"), hooks=[hook]
     ).run()
@@ -115,6 +116,60 @@ def test_what_a_run_leaves(tmp_path):
     assert [line["iteration"] for line in tests] == [4, 8]
     assert tests[-1]["eval"] == run.results
     assert "iter: 8" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_accumulated_gradients_are_those_of_the_batch(tmp_path, monkeypatch, parts):
+    """Losses that are means over the images: a batch in parts trains as the batch does."""
+    monkeypatch.setattr(trainer, "build_model", lambda cfg: TinyDetector(noise=0.0))
+    trainer.train(tiny_config(tmp_path / "whole"), skip_test=True)
+    trainer.train(tiny_config(tmp_path / "parts", ACCUMULATE_STEPS=parts), skip_test=True)
+    whole, accumulated = (checkpoint.read(tmp_path / n / "model_final.pth")["model"] for n in ("whole", "parts"))
+    for name, value in whole.items():
+        torch.testing.assert_close(accumulated[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    for one, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
+
+
+def test_accumulation_must_divide_the_batch(tmp_path):
+    with pytest.raises(ValueError, match=r"ACCUMULATE_STEPS is 3; it must divide the images of a process, 4"):
+        trainer.train(tiny_config(tmp_path, ACCUMULATE_STEPS=3), skip_test=True)
+
+
+def test_validation_losses_are_the_means_over_the_test_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "build_model", lambda cfg: TinyDetector(noise=0.0))
+    cfg = tiny_config(tmp_path, TEST_PERIOD=4, MAX_ITER=8)
+    cfg.TEST.IMS_PER_BATCH = 2
+    trainer.train(cfg)
+    lines = [line for line in metrics(tmp_path) if "eval" in line]
+    assert [set(line["validation"]) for line in lines] == [{"loss", "loss_box", "loss_small"}] * 2
+    model = TinyDetector(noise=0.0).train()
+    model.load_state_dict(checkpoint.read(tmp_path / "model_final.pth")["model"])
+    own = tiny_config(tmp_path, IMS_PER_BATCH=2, MAX_ITER=3)  # 6 images
+    expected = torch.tensor([[v.item() for v in model(*b[:2]).values()] for b in TrainLoader(own, 0, 0, 1)]).mean(0)
+    found = lines[-1]["validation"]
+    assert [found["loss_box"], found["loss_small"]] == pytest.approx(expected.tolist(), rel=1e-5)
+    assert found["loss"] == pytest.approx(sum(expected.tolist()), rel=1e-5)
+
+
+def test_validation_does_not_change_the_training(tmp_path):
+    """Random numbers, statistics and the mode of the model are as without it."""
+    trainer.train(tiny_config(tmp_path / "without"), skip_test=True)
+    trainer.train(tiny_config(tmp_path / "with", TEST_PERIOD=2))
+    assert_same_state(tmp_path / "without/model_final.pth", tmp_path / "with/model_final.pth")
+
+
+def test_test_set_without_ground_truth_gives_no_validation_losses(tmp_path, monkeypatch):
+    def make(cfg, is_train, **kwargs):
+        if is_train and cfg.DATASETS.TRAIN == ("tiny",):
+            raise DataError("dataset 'tiny' has no masks")
+        return standins.make_data_loader(cfg, is_train, **kwargs)
+
+    monkeypatch.setattr(trainer, "make_data_loader", make)
+    trainer.train(tiny_config(tmp_path, TEST_PERIOD=4))
+    lines = [line for line in metrics(tmp_path) if "eval" in line]
+    assert [line["validation"] for line in lines] == [{}, {}]
+    assert "no validation losses: dataset 'tiny' has no masks" in (tmp_path / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("stop", [3, 5], ids=["at a checkpoint", "between checkpoints"])
@@ -299,7 +354,7 @@ def test_no_gpu_is_one_message(tmp_path):
 
 @pytest.mark.gpu
 def test_no_host_sync_between_readings(tmp_path):
-    cfg = tiny_config(tmp_path, LOG_PERIOD=100, CHECKPOINT_PERIOD=0, MAX_ITER=20)
+    cfg = tiny_config(tmp_path, LOG_PERIOD=100, CHECKPOINT_PERIOD=0, MAX_ITER=20, ACCUMULATE_STEPS=2)
     device = torch.device("cuda")
 
     class OnDevice(TinyDetector):
@@ -308,11 +363,13 @@ def test_no_host_sync_between_readings(tmp_path):
 
     model = OnDevice().to(device)
     batch = tuple(part.to(device) for part in next(iter(TrainLoader(cfg, 0, 0, 1)))[:2])
-    for dtype in ("float32", "float16", "bfloat16"):
-        cfg.DTYPE = dtype
+    for dtype, name in (("float32", "SGD"), ("float16", "SGD"), ("float16", "AdamW"), ("bfloat16", "AdamW")):
+        cfg.DTYPE, cfg.SOLVER.OPTIMIZER = dtype, name
         optimizer = make_optimizer(cfg, model)
         scaler = torch.amp.GradScaler("cuda", enabled=dtype == "float16")
-        run = trainer.Trainer(cfg, model, [], optimizer, WarmupMultiStepLR(cfg, optimizer), scaler, device)
+        average = WeightAverage(model, 0.9)
+        schedule = LRSchedule(cfg, optimizer)
+        run = trainer.Trainer(cfg, model, [], optimizer, schedule, scaler, device, average=average)
         run._restart_clock()
         batches = iter([(*batch, [])] * 6)
         for _ in range(3):

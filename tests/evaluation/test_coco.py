@@ -167,6 +167,20 @@ def test_keypoints_count_from_the_middle_of_a_pixel():
     assert (result["image_id"], result["category_id"]) == (9, 8)
 
 
+def test_keypoints_are_moved_as_the_dataset_moved_them():
+    dataset = Dataset(coco_of(tiny()))
+    dataset.keypoint_shift = 0.0
+    [result] = to_coco_results(dataset, {1: perfect()[1]}, "keypoints")
+    assert result["keypoints"][:6] == [20.5, 20.5, 1, 30.5, 30.5, 1]
+
+
+def test_another_number_of_keypoints_is_an_error():
+    predictions = perfect()
+    predictions[1].add_field("keypoints", torch.rand(1, 17, 3))
+    with pytest.raises(ValueError, match="results have 17 keypoints, the ground truth has 3"):
+        evaluate(Dataset(coco_of(tiny())), {1: predictions[1]}, None, iou_types=("keypoints",))
+
+
 def test_no_detections_give_zeros(tmp_path):
     empty = {index: boxlist[torch.zeros(1, dtype=torch.bool)] for index, boxlist in perfect().items()}
     for predictions in ({}, empty):

@@ -1,6 +1,7 @@
 """Datasets, one file for each layout."""
 
 from fastrcnn.data.datasets.abstract import AbstractDataset, DataError, SampleError, read_image
+from fastrcnn.data.datasets.cityscapes import CityScapesDataset
 from fastrcnn.data.datasets.coco import COCODataset
 from fastrcnn.data.datasets.concat import ConcatDataset
 from fastrcnn.data.datasets.voc import PascalVOCDataset
@@ -8,6 +9,7 @@ from fastrcnn.data.datasets.voc import PascalVOCDataset
 __all__ = [
     "AbstractDataset",
     "COCODataset",
+    "CityScapesDataset",
     "ConcatDataset",
     "DataError",
     "PascalVOCDataset",

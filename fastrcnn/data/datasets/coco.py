@@ -31,7 +31,8 @@ class COCODataset(Dataset):
     An item is (image, BoxList, index), after `transforms(image, boxlist)`. Fields: labels int64 (1..K, in order of the
     category ids); masks if the file has any (bitmaps where an instance of the image is an RLE, else polygons);
     keypoints if its categories have; iscrowd (bool) with keep_crowd, without it crowds are left out.
-    COCO's keypoints are indices of pixels; here they are moved to the pixels' centres (+0.5), as boxes are continuous.
+    COCO's keypoints are indices of pixels; keypoint_shift moves them to the pixels' centres, as boxes are continuous (0
+    leaves them as they are, see `Conventions`). The evaluation takes it off the predictions again.
 
     remove_images_without_annotations: leave out images with no object but crowds, with only boxes of at most one pixel,
     or, in a keypoint dataset, with fewer than 10 labelled keypoints (maskrcnn-benchmark's filter for training).
@@ -51,11 +52,13 @@ class COCODataset(Dataset):
         transforms: Callable[[Any, BoxList], tuple[Any, BoxList]] | None = None,
         keep_crowd: bool = False,
         json_category_ids: bool = False,
+        keypoint_shift: float = 0.5,
     ) -> None:
         self.ann_file = Path(ann_file)
         self.root = Path(root)
         self.transforms = transforms
         self.keep_crowd = keep_crowd
+        self.keypoint_shift = keypoint_shift
         content, bad = self._read()
         bad.warn(self.ann_file)
 
@@ -205,7 +208,7 @@ class COCODataset(Dataset):
         for row, flat in zip(values, keypoints, strict=True):
             if flat is not None:
                 row.copy_(torch.tensor(flat, dtype=torch.float32).reshape(row.shape))
-        values[..., :2] += 0.5
+        values[..., :2] += self.keypoint_shift
         values = torch.where(values[..., 2:] > 0, values, 0)
         if tuple(names) == PersonKeypoints.NAMES:
             return PersonKeypoints(values, size)
