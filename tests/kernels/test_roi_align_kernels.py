@@ -262,7 +262,7 @@ def test_elements_beyond_two_to_the_31st():
     zeros = torch.from_numpy(np.zeros(shape, np.float32)) if DEVICE == "cpu" else torch.zeros(shape, device=DEVICE)
     grads = zeros.permute(0, 3, 1, 2)
     grad = torch.randn(1, channels, 1, 2, device=DEVICE)
-    kernels.roi_align_scatter([grads], grad, boxes, None, [1.0], [], 1, True, channels_last=True)
+    kernels.roi_align_scatter([grads], grad, boxes, None, [1.0], [], 0.0, 1, True, channels_last=True)
     want = reference.multilevel_roi_align_backward(grad.double(), small, None, [1, channels, 4, 4], True, *settings)
     assert_accurate(grads[-1:, :, -4:, -4:], want[0], torch.float32)
 
