@@ -55,7 +55,8 @@ def _cpu(features, boxes, valid, output_size, scales, sampling_ratio, aligned, *
         if not len(rows) or not out.numel():
             continue
         if _suits_torchvision(regions, rows, output_size, feature.shape, is_channels_last(feature)):
-            arguments = _torchvision_rois(regions, boxes, rows, *canonical[2:]), scale, *output_size, sampling_ratio, aligned
+            rois = _torchvision_rois(regions, boxes, rows, *canonical[2:])
+            arguments = rois, scale, *output_size, sampling_ratio, aligned
             out[rows] = torch.ops.torchvision.roi_align(feature.to(dtype), *arguments).to(out.dtype)
             continue
         table = feature.permute(0, 2, 3, 1).to(dtype).flatten(0, 2).contiguous()
@@ -79,7 +80,8 @@ def _cpu_backward(grad, boxes, valid, shapes, channels_last, output_size, scales
         part = grad if len(rows) == len(grad) else grad[rows]
         part = part.to(dtype)
         if _suits_torchvision(regions, rows, output_size, shape, channels_last):
-            arguments = _torchvision_rois(regions, boxes, rows, *canonical[2:]), scale, *output_size, *shape, sampling_ratio, aligned
+            rois = _torchvision_rois(regions, boxes, rows, *canonical[2:])
+            arguments = rois, scale, *output_size, *shape, sampling_ratio, aligned
             out.copy_(torch.ops.torchvision._roi_align_backward(part.contiguous(), *arguments))
             continue
         batch, channels, height, width = shape
@@ -241,7 +243,8 @@ def multilevel_roi_align(
     first. scales: feature pixels per image pixel of each level, not rising. output_size: bins, (height, width).
     sampling_ratio: samples per bin and axis; 0 or less takes one per pixel. aligned: as in `roi_align`. A box with
     √area = canonical_size belongs to level canonical_level, where a level is −log2(scale). valid: bool [B, R] or [K].
-    last_pixel: the level follows from the box, and the samples from (x1, y1, x2 − 1, y2 − 1): maskrcnn-benchmark's rule.
+    last_pixel: the level is that of the box, the samples are those of (x1, y1, x2 − 1, y2 − 1): maskrcnn-benchmark's
+    rule.
 
     On a GPU kernels serve float16, bfloat16 and float32 features of at most 5 levels. Their gradients are added
     atomically, or under `torch.use_deterministic_algorithms` gathered in a fixed order: equal inputs then give equal

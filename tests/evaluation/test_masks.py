@@ -10,7 +10,6 @@ from fastrcnn.config.conventions import CONVENTIONS
 from fastrcnn.evaluation import encode_masks, masks
 from fastrcnn.structures import BoxList
 
-
 TORCHVISION = CONVENTIONS["torchvision"]
 
 

@@ -5,7 +5,6 @@ import json
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from fastrcnn.config import ConfigError
