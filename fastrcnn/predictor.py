@@ -1,5 +1,6 @@
 """Image in, detections out."""
 
+import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,17 +41,19 @@ def read_image(image: Picture) -> Tensor:
 class Predictor:
     """A trained model that takes images as they come; ValueError unless the weights fill it.
 
-    cfg: from `fastrcnn.load_config`. weights: a path or a state dict of any family that `fastrcnn.weights` reads;
-    None takes MODEL.WEIGHT. batch_size: images per forward pass when a list is given.
+    cfg: from `fastrcnn.load_config`; MODEL.CONVENTIONS gives way to that of the weights. weights: a path, address, name
+    or state dict of any family that `fastrcnn.weights` reads; None takes MODEL.WEIGHT. batch_size: images per forward
+    pass when a list is given.
     """
 
     def __init__(self, cfg: Any, weights: str | Path | Mapping[str, Tensor] | None = None, batch_size: int = 1):
-        self.cfg = cfg
-        self.batch_size = batch_size
-        self.model = build_model(cfg).eval()
         source = weights if weights is not None else cfg.MODEL.WEIGHT
         if not source:
             raise ValueError("a predictor needs weights: pass `weights`, or set MODEL.WEIGHT")
+        self.cfg = copy.deepcopy(cfg)
+        weight_files.adopt_conventions(self.cfg, source)
+        self.batch_size = batch_size
+        self.model = build_model(self.cfg).eval()
         report = weight_files.load(self.model, source)
         if report.missing:
             raise ValueError(f"the weights do not fill the model\n{report}")

@@ -314,7 +314,8 @@ class ModelConfig(Section):
 
     META_ARCHITECTURE: str = key("GeneralizedRCNN", "name of the whole model's class")
     CONVENTIONS: Literal["modern", "torchvision", "maskrcnn-benchmark", "detectron"] = key(
-        "modern", "geometry that the weights were trained with: anchors, pooling, frozen batch norm, pasting"
+        "modern",
+        "geometry (anchors, pooling, frozen batch norm, pasting); that of the weights, where they tell it, wins",
     )
     IMPORT: tuple[str, ...] = key((), "Python modules imported before building, which register parts of your own")
     DEVICE: str = key("auto", "cuda, cuda:1, cpu …; auto = cuda where there is one, else cpu")

@@ -137,12 +137,14 @@ def test_all(model: nn.Module, loaders: Sequence[Any], cfg: Config) -> dict[str,
 def test(cfg: Config, weights: str | Path) -> dict[str, Results]:
     """Builds the model, loads `weights` (a file, or a folder with checkpoints) and evaluates it on all DATASETS.TEST.
 
-    Under torchrun the images are shared among the processes and rank 0 has the results. Weights that leave a parameter
-    of the model without a value are refused: figures of a half-random model would mislead.
+    MODEL.CONVENTIONS becomes what the weights were trained with. Under torchrun the images are shared among the
+    processes and rank 0 has the results. Weights that leave a parameter of the model without a value are refused:
+    figures of a half-random model would mislead.
     """
     with distributed.session(cfg.MODEL.DEVICE) as device, log_to(cfg.OUTPUT_DIR):
         rank, world_size = distributed.rank(), distributed.world_size()
         path = checkpoint.find(weights)
+        weight_files.adopt_conventions(cfg, path)
         model = build_model(cfg).to(device)
         report = weight_files.load(model, path)
         if report.missing:

@@ -307,6 +307,10 @@ def _train(cfg: Config, device: torch.device, resume: bool, skip_test: bool) -> 
         cfg.SEED,
     )
 
+    if newest is not None:
+        cfg.MODEL.CONVENTIONS = newest[1].get("conventions", cfg.MODEL.CONVENTIONS)
+    elif cfg.MODEL.WEIGHT:
+        weights.adopt_conventions(cfg, cfg.MODEL.WEIGHT)
     model = build_model(cfg).to(device)
     if newest is None and cfg.MODEL.WEIGHT:
         report = weights.load(model, cfg.MODEL.WEIGHT, skip_mismatch=cfg.MODEL.WEIGHT_SKIP_MISMATCH)

@@ -1,5 +1,6 @@
 """Read weights, recognise whose they are, and copy them into a model; and the way back, to other projects' names."""
 
+import logging
 import pickle
 import warnings
 import zipfile
@@ -18,6 +19,8 @@ from fastrcnn.weights.classes import select_classes
 from fastrcnn.weights.download import fetch
 from fastrcnn.weights.errors import WeightError
 from fastrcnn.weights.pickles import read_pickle
+
+logger = logging.getLogger("fastrcnn")
 
 # what torch.save wrote before it wrote archives
 _TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
@@ -94,6 +97,17 @@ def read_state(source: str | Path | Mapping[str, Any]) -> Weights:
     if len(kept) < len(state):
         return Weights(kept, "maskrcnn-benchmark", conventions or "maskrcnn-benchmark")
     return Weights(state, "fastrcnn", conventions)
+
+
+def adopt_conventions(cfg: Any, source: str | Path | Mapping[str, Any]) -> None:
+    """Set MODEL.CONVENTIONS to those that the weights were trained with, before the model is built; bodies of backbones
+    have none, and leave it. source: what `read_state` takes."""
+    found = read_state(source).conventions
+    if found is None:
+        return
+    if CONVENTIONS.get(found) != CONVENTIONS[cfg.MODEL.CONVENTIONS]:
+        logger.info("MODEL.CONVENTIONS %s, as %s has it, not %s", found, _name(source), cfg.MODEL.CONVENTIONS)
+    cfg.MODEL.CONVENTIONS = found
 
 
 def _read_file(path: Path) -> Any:

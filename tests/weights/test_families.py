@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import warnings
 from functools import partial
 
 import numpy as np
@@ -523,3 +524,29 @@ def test_a_body_fills_the_head_of_c4_and_deformable_convolutions():
     # a shared head that the weights list once
     once = {name: value for name, value in model.state_dict().items() if ".mask." not in name}
     assert not load(model, once).missing
+
+
+@pytest.mark.parametrize(
+    ("state", "found"),
+    [
+        ({"model": {"a": torch.zeros(1)}, "conventions": "torchvision"}, "torchvision"),
+        ({"a": torch.zeros(1)}, "modern"),
+        ({"rpn.anchor_generator.cell_anchors.0": torch.zeros(3, 4), "a": torch.zeros(1)}, "maskrcnn-benchmark"),
+    ],
+)
+def test_conventions_of_the_weights_are_adopted(state, found):
+    cfg = fastrcnn.load_config(None, ["MODEL.CONVENTIONS", "modern"])
+    fastrcnn.weights.adopt_conventions(cfg, state)
+    assert found == cfg.MODEL.CONVENTIONS
+
+
+def test_predictor_has_the_conventions_of_its_weights(repository, tmp_path):
+    model = build(repository)
+    path = tmp_path / "model.pth"
+    torch.save({"model": export(model, "torchvision")}, path)
+    cfg = fastrcnn.load_config(repository / "configs/e2e_mask_rcnn_R_50_FPN_1x.yaml", SMALL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predictor = fastrcnn.Predictor(cfg, path)
+    assert predictor.model.conventions == predictor.cfg.MODEL.CONVENTIONS == "torchvision"
+    assert cfg.MODEL.CONVENTIONS == "modern"
