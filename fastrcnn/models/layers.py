@@ -28,12 +28,55 @@ class FrozenBatchNorm2d(nn.Module):
         return x * scale[:, None, None].to(x.dtype) + shift[:, None, None].to(x.dtype)
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """Batch norm with the statistics of all processes on GPUs; PyTorch has none on CPUs, where each process has its own
-    statistics."""
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm that can learn from some rows alone: `valid`, bool [N], while `of_rows` sets it."""
+
+    valid: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        return super().forward(stand_in(x, self.valid) if self.training and self.valid is not None else x)
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """Batch norm with the statistics of all processes on GPUs; PyTorch has none on CPUs, where each process has its own
+    statistics. `valid`: as of `BatchNorm2d`."""
+
+    valid: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.valid is not None:
+            x = stand_in(x, self.valid)
         return nn.BatchNorm2d.forward(self, x) if x.device.type == "cpu" else super().forward(x)
+
+
+def of_rows(module: nn.Module, x: Tensor, valid: Tensor) -> Tensor:
+    """module(x) of x [N, ...], in which batch norm that learns has the statistics of the valid rows alone: bool, N in
+    all. In a mask head most slots are empty."""
+    norms = [m for m in module.modules() if isinstance(m, (BatchNorm2d, SyncBatchNorm))]
+    for norm in norms:
+        norm.valid = valid.flatten()
+    try:
+        return module(x)
+    finally:
+        for norm in norms:
+            norm.valid = None
+
+
+def stand_in(x: Tensor, valid: Tensor) -> Tensor:
+    """x [N, C, h, w] with other values in the rows that are not valid, bool [N], such that mean and variance of a
+    channel over all rows are those over the valid ones, and so are their gradients. Maps of one cell stay as they
+    are."""
+    cells = x.shape[2] * x.shape[3]
+    if cells == 1:
+        return x
+    chosen, wide = valid[:, None, None, None], widen(x)
+    count = (valid.sum() * cells).clamp(min=1)
+    mean = torch.where(chosen, wide, 0).sum((0, 2, 3), keepdim=True) / count
+    variance = torch.where(chosen, wide - mean, 0).square().sum((0, 2, 3), keepdim=True) / count
+    spread = torch.linspace(-1, 1, cells, dtype=wide.dtype, device=x.device).view(x.shape[2:])
+    spread = spread / spread.square().mean().sqrt()
+    deviation = variance.clamp(min=1e-20).sqrt()  # the root has no gradient at 0
+    return torch.where(chosen, x, (mean + deviation * spread).to(x.dtype))
 
 
 class DeformConv2d(nn.Module):
@@ -114,7 +157,7 @@ def make_norm(name: str, channels: int, cfg: Any, key: str) -> nn.Module:
     """The norm of that name; ConfigError, which names the config key `key`, for another."""
     norms: dict[str, Callable[[], nn.Module]] = {
         "FixedBatchNorm": lambda: FrozenBatchNorm2d(channels, conventions_of(cfg).frozen_bn_eps),
-        "BatchNorm": lambda: nn.BatchNorm2d(channels),
+        "BatchNorm": lambda: BatchNorm2d(channels),
         "SyncBatchNorm": lambda: SyncBatchNorm(channels),
         "GN": lambda: group_norm(channels, cfg),
     }

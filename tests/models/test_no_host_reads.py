@@ -106,3 +106,18 @@ def test_compiles_into_one_graph(repository):
         detections = call(images)
         found.append((losses, gradient, detections.boxes, detections.masks))
     torch.testing.assert_close(found[0], found[1])
+
+
+def test_batch_norm_in_the_heads_compiles_too(repository):
+    """It learns from valid regions alone, by a state that is set around the call."""
+    overrides = "MODEL.ROI_BOX_HEAD.CONV_HEAD_DIM 8 MODEL.ROI_MASK_HEAD.CONV_LAYERS (8,8)"
+    path = repository / "configs/torchvision/mask_rcnn_R_50_FPN_V2.yaml"
+    model = fastrcnn.build_model(fastrcnn.load_config(path, [*SMALL, *overrides.split()])).train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    found = []
+    for call in (torch.compile(model, fullgraph=True, backend="aot_eager"), model):
+        model.load_state_dict(state)
+        torch.manual_seed(0)
+        losses = call(*inputs("polygons"))
+        found.append((losses, model.roi_heads.mask.feature_extractor.mask_fcn1[1].running_mean.clone()))
+    torch.testing.assert_close(found[0], found[1])

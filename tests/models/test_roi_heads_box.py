@@ -11,9 +11,9 @@ from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, genera
 
 import fastrcnn
 from fastrcnn import ops
+from fastrcnn.models.layers import BatchNorm2d, of_rows
 from fastrcnn.models.roi_heads.box import BoxHead, FPNXconv1fcFeatureExtractor, iou_loss
 from fastrcnn.models.roi_heads.mask import MaskRCNNFPNFeatureExtractor
-from fastrcnn.models.roi_heads.sampling import extract
 from fastrcnn.structures import ImageBatch, ProposalBatch, SampleBatch, TargetBatch
 
 V2 = """
@@ -164,12 +164,12 @@ def test_empty_slots_have_no_part_in_the_statistics_of_batch_norm():
     results = []
     for given, usable in ((regions, torch.ones(1, 4, dtype=torch.bool)), (slots, valid)):
         torch.manual_seed(0)
-        extractor = nn.Sequential(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).double()
+        extractor = nn.Sequential(nn.Conv2d(6, 8, 3), BatchNorm2d(8), nn.ReLU()).double()
         given = given.clone().requires_grad_()
-        out = extract(extractor, given, usable)[usable.flatten()]
+        out = of_rows(extractor, given, usable)[usable.flatten()]
         (out**2).sum().backward()
         results.append((out, given.grad[usable.flatten()], extractor[1].running_mean))
         extractor.eval()
-        assert torch.equal(extract(extractor, given, usable), extractor(given))
+        assert torch.equal(of_rows(extractor, given, usable), extractor(given))
     torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-9)
-    assert extract(extractor.train(), slots, torch.zeros_like(valid)).isfinite().all()  # without any region
+    assert of_rows(extractor.train(), slots, torch.zeros_like(valid)).isfinite().all()  # without any region

@@ -19,12 +19,13 @@ from fastrcnn.models.layers import (
     group_norm,
     linear,
     norm_name,
+    of_rows,
     smooth_l1,
     weighted_mean,
     widen,
 )
 from fastrcnn.models.registry import ROI_BOX_FEATURE_EXTRACTORS, ROI_BOX_PREDICTOR, ROI_MASK_FEATURE_EXTRACTORS
-from fastrcnn.models.roi_heads.sampling import Pooler, extract, label_regions
+from fastrcnn.models.roi_heads.sampling import Pooler, label_regions
 from fastrcnn.structures import DetectionBatch, ImageBatch, ProposalBatch, SampleBatch, TargetBatch
 
 
@@ -177,7 +178,7 @@ class BoxHead(nn.Module):
 
     def extract(self, features: list[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:
         """boxes [B, R, 4], valid bool [B, R] -> what the predictor takes, [B·R, ...]."""
-        return extract(self.feature_extractor, self.pooler(features, boxes, valid), valid)
+        return of_rows(self.feature_extractor, self.pooler(features, boxes, valid), valid)
 
     def predict(self, predictor: nn.Module, x: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """x [B·R, ...], shape (B, R) -> logits [B, R, classes], deltas [B, R, classes or 2, 4]."""
@@ -295,7 +296,7 @@ class CascadeBoxHead(BoxHead):
                 samples = self._relabel(samples, boxes, targets, self.ious[stage])
             pooled = self.pooler(features, samples.boxes, samples.weight > 0)
             pooled = torch.lerp(pooled.detach(), pooled, 1 / len(self.weights))  # the same, with less gradient
-            extracted.append(extract(self.feature_extractor[stage], pooled, samples.weight > 0))
+            extracted.append(of_rows(self.feature_extractor[stage], pooled, samples.weight > 0))
             logits, deltas = self.predict(self.predictor[stage], extracted[-1], samples.labels.shape)
             found = self.losses_of(logits, deltas, samples, targets, weights)
             losses |= {f"{name}_stage{stage}": loss for name, loss in found.items()}

@@ -7,12 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrcnn import ops
-from fastrcnn.config import ConfigError, conventions_of
 from fastrcnn.models.layers import conv, gather_rows, weighted_mean, widen
 from fastrcnn.models.registry import ROI_KEYPOINT_FEATURE_EXTRACTORS, ROI_KEYPOINT_PREDICTOR
 from fastrcnn.models.roi_heads.box import BoxHead
-from fastrcnn.models.roi_heads.mask import check_sharing
-from fastrcnn.models.roi_heads.sampling import Pooler, extract
+from fastrcnn.models.roi_heads.second import SecondHead
 from fastrcnn.structures import DetectionBatch, ImageBatch, SampleBatch, TargetBatch
 
 
@@ -64,46 +62,16 @@ def keypoints_to_heatmap(keypoints: Tensor, boxes: Tensor, side: int) -> tuple[T
     return row * side + column, inside
 
 
-class KeypointHead(nn.Module):
-    """Positive regions to a loss in training; detections to keypoints at test time.
-
-    With SHARE_BOX_FEATURE_EXTRACTOR it reads what the box head extracts; the parameters belong to that one alone.
-    """
+class KeypointHead(SecondHead):
+    """Positive regions to a loss in training; detections to keypoints at test time."""
 
     def __init__(self, cfg: Any, in_channels: int, box: BoxHead):
-        super().__init__()
-        self.spec = spec = cfg.MODEL.ROI_KEYPOINT_HEAD
-        self.conventions = conventions_of(cfg)
-        self.shared = None
-        if spec.SHARE_BOX_FEATURE_EXTRACTOR:
-            check_sharing(cfg, "ROI_KEYPOINT_HEAD", box)
-            self.shared = box.extract  # not the module, whose parameters would be listed twice
-            channels = box.feature_extractor.out_channels
-        else:
-            self.pooler = Pooler(cfg, spec)
-            extractor = ROI_KEYPOINT_FEATURE_EXTRACTORS.find(
-                spec.FEATURE_EXTRACTOR, "MODEL.ROI_KEYPOINT_HEAD.FEATURE_EXTRACTOR"
-            )
-            self.feature_extractor = extractor(cfg, in_channels)
-            channels = self.feature_extractor.out_channels
-        predictor = ROI_KEYPOINT_PREDICTOR.find(spec.PREDICTOR, "MODEL.ROI_KEYPOINT_HEAD.PREDICTOR")
-        self.predictor = predictor(cfg, channels)
-
-    def extract(self, features: list[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:
-        """boxes [B, R, 4], valid bool [B, R] -> [B·R, C, s, s]."""
-        if self.shared is not None:
-            return self.shared(features, boxes, valid)
-        return extract(self.feature_extractor, self.pooler(features, boxes, valid), valid)
+        registries = ROI_KEYPOINT_FEATURE_EXTRACTORS, ROI_KEYPOINT_PREDICTOR
+        super().__init__(cfg, "ROI_KEYPOINT_HEAD", *registries, in_channels, box)
 
     def logits(self, x: Tensor) -> Tensor:
         """x [N, C, s, s] -> logits [N, K, S, S]."""
-        logits = self.predictor(x)
-        if logits.shape[-1] != self.spec.RESOLUTION:
-            raise ConfigError(
-                f"MODEL.ROI_KEYPOINT_HEAD.RESOLUTION is {self.spec.RESOLUTION}; {self.spec.PREDICTOR} gives "
-                f"{logits.shape[-1]}"
-            )
-        return logits
+        return self.checked(self.predictor(x))
 
     def losses(
         self, features: list[Tensor], samples: SampleBatch, targets: TargetBatch, extracted: Tensor
@@ -120,10 +88,7 @@ class KeypointHead(nn.Module):
         wanted = gather_rows(self._learnt(targets), matched)
         cell, inside = keypoints_to_heatmap(wanted, self.conventions.corners(boxes), self.spec.RESOLUTION)
         inside = inside & positive[..., None]
-        if self.shared is None:
-            x = self.extract(features, boxes, inside.any(2))
-        else:
-            x = extracted.unflatten(0, samples.labels.shape)[:, chosen].flatten(0, 1)
+        x = self.of_positives(features, samples, extracted, inside.any(2))
         error = F.cross_entropy(self.logits(x).flatten(0, 1).flatten(1), cell.flatten(), reduction="none")
         return {"loss_kp": weighted_mean(error, inside.flatten().to(error.dtype))}
 

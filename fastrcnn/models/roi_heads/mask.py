@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrcnn import ops
-from fastrcnn.config import ConfigError, Conventions, conventions_of
+from fastrcnn.config import Conventions
 from fastrcnn.models.layers import conv, conv_stack, norm_name, widen
 from fastrcnn.models.registry import ROI_MASK_FEATURE_EXTRACTORS, ROI_MASK_PREDICTOR
-from fastrcnn.models.roi_heads.box import BoxHead, CascadeBoxHead, conv_relu
-from fastrcnn.models.roi_heads.sampling import Pooler, extract
+from fastrcnn.models.roi_heads.box import BoxHead, conv_relu
+from fastrcnn.models.roi_heads.second import SecondHead
 from fastrcnn.structures import DetectionBatch, SampleBatch, TargetBatch
 
 
@@ -96,45 +96,15 @@ def mask_targets(targets: TargetBatch, boxes: Tensor, matched: Tensor, side: int
     return crops.reshape(*matched.shape, side, side)
 
 
-class MaskHead(nn.Module):
-    """Positive regions to a loss in training; detections to masks of their class at test time.
-
-    With SHARE_BOX_FEATURE_EXTRACTOR it reads what the box head extracts; the parameters belong to that one alone.
-    """
+class MaskHead(SecondHead):
+    """Positive regions to a loss in training; detections to masks of their class at test time."""
 
     def __init__(self, cfg: Any, in_channels: int, box: BoxHead):
-        super().__init__()
-        self.spec = spec = cfg.MODEL.ROI_MASK_HEAD
-        self.conventions = conventions_of(cfg)
-        self.shared = None
-        if spec.SHARE_BOX_FEATURE_EXTRACTOR:
-            check_sharing(cfg, "ROI_MASK_HEAD", box)
-            self.shared = box.extract  # not the module, whose parameters would be listed twice
-            channels = box.feature_extractor.out_channels
-        else:
-            self.pooler = Pooler(cfg, spec)
-            extractor = ROI_MASK_FEATURE_EXTRACTORS.find(
-                spec.FEATURE_EXTRACTOR, "MODEL.ROI_MASK_HEAD.FEATURE_EXTRACTOR"
-            )
-            self.feature_extractor = extractor(cfg, in_channels)
-            channels = self.feature_extractor.out_channels
-        self.predictor = ROI_MASK_PREDICTOR.find(spec.PREDICTOR, "MODEL.ROI_MASK_HEAD.PREDICTOR")(cfg, channels)
-
-    def extract(self, features: list[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:
-        """boxes [B, R, 4], valid bool [B, R] -> [B·R, C, s, s]."""
-        if self.shared is not None:
-            return self.shared(features, boxes, valid)
-        return extract(self.feature_extractor, self.pooler(features, boxes, valid), valid)
+        super().__init__(cfg, "ROI_MASK_HEAD", ROI_MASK_FEATURE_EXTRACTORS, ROI_MASK_PREDICTOR, in_channels, box)
 
     def logits(self, x: Tensor, labels: Tensor) -> Tensor:
         """x [B·R, C, s, s], labels int64 [B, R] -> logits [B, R, M, M]."""
-        logits = self.predictor(x, labels.flatten()).unflatten(0, labels.shape)
-        if logits.shape[-1] != self.spec.RESOLUTION:
-            raise ConfigError(
-                f"MODEL.ROI_MASK_HEAD.RESOLUTION is {self.spec.RESOLUTION}; {self.spec.PREDICTOR} gives "
-                f"{logits.shape[-1]}"
-            )
-        return logits
+        return self.checked(self.predictor(x, labels.flatten()).unflatten(0, labels.shape))
 
     def losses(
         self, features: list[Tensor], samples: SampleBatch, targets: TargetBatch, extracted: Tensor
@@ -147,11 +117,7 @@ class MaskHead(nn.Module):
         chosen = slice(samples.num_positive)
         boxes, labels, matched = samples.boxes[:, chosen], samples.labels[:, chosen], samples.matched[:, chosen]
         positive = (labels > 0) & (samples.weight[:, chosen] > 0) & targets.outlined.gather(1, matched)
-        if self.shared is None:
-            x = self.extract(features, boxes, positive)
-        else:
-            x = extracted.unflatten(0, samples.labels.shape)[:, chosen].flatten(0, 1)
-        logits = self.logits(x, labels)
+        logits = self.logits(self.of_positives(features, samples, extracted, positive), labels)
         wanted = mask_targets(targets, boxes, matched, logits.shape[-1], self.conventions)
         error = F.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype), reduction="none").mean((2, 3))
         error = torch.where(positive, error, 0)
@@ -168,20 +134,3 @@ class MaskHead(nn.Module):
         """masks [N, M, M] and boxes [N, 4] of an image of this size (h, w) -> bool [N, h, w]."""
         threshold, continuous = self.spec.POSTPROCESS_MASKS_THRESHOLD, self.conventions.paste_continuous
         return ops.paste_masks(masks, self.conventions.corners(boxes), size, threshold, continuous)
-
-
-def check_sharing(cfg: Any, head: str, box: BoxHead) -> None:
-    """What ROI_MASK_HEAD or ROI_KEYPOINT_HEAD cannot have of its own while it shares the box head's; ConfigError names
-    the key."""
-    if isinstance(box, CascadeBoxHead):
-        raise ConfigError(
-            "MODEL.CASCADE_ON is True and has several feature extractors; it needs "
-            f"MODEL.{head}.SHARE_BOX_FEATURE_EXTRACTOR False"
-        )
-    for key in ("FEATURE_EXTRACTOR", "POOLER_RESOLUTION", "POOLER_SAMPLING_RATIO", "POOLER_SCALES"):
-        ours, theirs = getattr(getattr(cfg.MODEL, head), key), getattr(cfg.MODEL.ROI_BOX_HEAD, key)
-        if ours != theirs:
-            raise ConfigError(
-                f"MODEL.{head}.SHARE_BOX_FEATURE_EXTRACTOR is True, but MODEL.{head}.{key} is {ours!r} and "
-                f"MODEL.ROI_BOX_HEAD.{key} {theirs!r}: make them equal, or do not share"
-            )

@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 from fastrcnn import ops
 from fastrcnn.config import ConfigError, conventions_of
-from fastrcnn.models.layers import gather_rows, widen
+from fastrcnn.models.layers import gather_rows
 from fastrcnn.structures import ProposalBatch, SampleBatch, TargetBatch
 
 
@@ -35,37 +34,6 @@ def sample_regions(proposals: ProposalBatch, targets: TargetBatch, spec: Any) ->
         weight=weight,
         num_positive=min(int(spec.BATCH_SIZE_PER_IMAGE * spec.POSITIVE_FRACTION), index.shape[1]),
     )
-
-
-def extract(extractor: nn.Module, x: Tensor, valid: Tensor) -> Tensor:
-    """extractor(x) of pooled regions x [B·R, C, s, s], of which valid bool [B, R] are some.
-
-    While batch norm learns, its statistics are those of the valid regions: in a mask head most slots are empty.
-    """
-    norms = [m for m in extractor.modules() if isinstance(m, _BatchNorm) and m.training]
-    hooks = [norm.register_forward_pre_hook(lambda _, inputs: _stand_in(*inputs, valid.flatten())) for norm in norms]
-    try:
-        return extractor(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _stand_in(x: Tensor, valid: Tensor) -> Tensor:
-    """x [N, C, h, w] with other values in the rows that are not valid, bool [N], such that mean and variance of a
-    channel over all rows are those over the valid ones, and so are their gradients. Maps of one cell stay as they
-    are."""
-    cells = x.shape[2] * x.shape[3]
-    if cells == 1:
-        return x
-    chosen, wide = valid[:, None, None, None], widen(x)
-    count = (valid.sum() * cells).clamp(min=1)
-    mean = torch.where(chosen, wide, 0).sum((0, 2, 3), keepdim=True) / count
-    variance = torch.where(chosen, wide - mean, 0).square().sum((0, 2, 3), keepdim=True) / count
-    spread = torch.linspace(-1, 1, cells, dtype=wide.dtype, device=x.device).view(x.shape[2:])
-    spread = spread / spread.square().mean().sqrt()
-    deviation = variance.clamp(min=1e-20).sqrt()  # the root has no gradient at 0
-    return torch.where(chosen, x, (mean + deviation * spread).to(x.dtype))
 
 
 class Pooler:
