@@ -414,7 +414,12 @@ def test_what_the_head_keys_do():
 
 
 def test_norms():
-    kinds = {"bn": nn.BatchNorm2d, "gn": nn.GroupNorm, "af": fastrcnn.models.layers.FrozenBatchNorm2d, "": nn.Identity}
+    kinds = {
+        "bn": fastrcnn.models.layers.BatchNorm2d,
+        "gn": nn.GroupNorm,
+        "af": fastrcnn.models.layers.FrozenBatchNorm2d,
+        "": nn.Identity,
+    }
     for name, kind in kinds.items():
         model = parts(BN_TYPE=name)
         assert type(model["backbone"].body.first.bn) is kind
