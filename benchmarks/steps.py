@@ -82,7 +82,7 @@ def photos(count: int, height: int, width: int) -> list[Tensor]:
 def config(case: Case, threshold: float = 0.05) -> Config:
     """torchvision's model as a config of ours. The learning rate is too small to leave the random weights."""
     settings = f"MODEL.DEVICE {DEVICE.type} MODEL.RESNETS.FROZEN_BN_EPS 1e-5 SOLVER.BASE_LR 1e-7 DTYPE {case.dtype}"
-    path = ROOT / "configs" / "torchvision" / MODELS[case.model][0]
+    path = ROOT / "fastrcnn" / "configs" / "torchvision" / MODELS[case.model][0]
     return fastrcnn.load_config(path, [*settings.split(), "MODEL.ROI_HEADS.SCORE_THRESH", str(threshold)])
 
 

@@ -1,4 +1,4 @@
-"""Faster and Mask R-CNN whose hot path is Triton kernels: nothing to compile, nothing that waits for the device."""
+"""Faster, Mask and Keypoint R-CNN and RetinaNet whose hot path is Triton kernels: nothing to compile."""
 
 from fastrcnn import weights
 from fastrcnn.config import Conventions, load_config

@@ -8,6 +8,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # relative RMS and maximum error against the fp64 reference on inputs already rounded to the dtype
 TOLERANCES = {torch.float32: (1e-6, 1e-5), torch.float16: (1e-3, 4e-3), torch.bfloat16: (5e-3, 2e-2)}
 
+# options that make the quick start's model and schedule as small as they can be
+TINY = (
+    "MODEL.DEVICE cpu MODEL.RESNETS.WIDTH_PER_GROUP 8 MODEL.RESNETS.RES2_OUT_CHANNELS 16 "
+    "MODEL.RESNETS.STEM_OUT_CHANNELS 8 MODEL.RESNETS.BACKBONE_OUT_CHANNELS 16 MODEL.ROI_BOX_HEAD.MLP_HEAD_DIM 16 "
+    "MODEL.ROI_MASK_HEAD.CONV_LAYERS (16,) MODEL.ROI_HEADS.DETECTIONS_PER_IMG 5 MODEL.ROI_HEADS.SCORE_THRESH 0.01 "
+    "INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 SOLVER.MAX_ITER 4 SOLVER.STEPS (3,) SOLVER.IMS_PER_BATCH 2 "
+    "TEST.IMS_PER_BATCH 2 SOLVER.LOG_PERIOD 1 SOLVER.CHECKPOINT_PERIOD 2 SOLVER.WARMUP_ITERS 2"
+).split()
+
 
 def assert_accurate(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
     """got, as the op returned it, against the fp64 reference: relative RMS and maximum error within TOLERANCES[dtype].

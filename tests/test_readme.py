@@ -44,8 +44,7 @@ def run(command: list[str], folder, **environment) -> str:
 def workplace(tmp_path_factory, repository):
     """A folder with configs, tools, shapes under COCO's names, and a trained quick start of a few iterations."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("configs", "tools"):
-        (folder / name).symlink_to(repository / name)
+    (folder / "tools").symlink_to(repository / "tools")
     shapes, coco = folder / "datasets" / "shapes", folder / "datasets" / "coco"
     ensure_shapes(shapes)
     (coco / "annotations").mkdir(parents=True)

@@ -11,6 +11,7 @@ import yaml
 
 from fastrcnn.config.schema import Config, Section, coerce, key_types, leaves, nearest
 
+RECIPES = Path(__file__).resolve().parent.parent / "configs"
 _warned: set[str] = set()  # dead keys that this process was warned of
 
 
@@ -21,14 +22,15 @@ class ConfigError(ValueError):
 def load_config(path: str | Path | None = None, overrides: Sequence[Any] | None = ()) -> Config:
     """The defaults, then the YAML file `path`, then `overrides`, a flat list KEY VALUE KEY VALUE … .
 
-    A file may name others with `_BASE_: other.yaml` or `_BASE_: [one.yaml, two.yaml]`, relative to itself, which are
-    read before it, in this order. Values may be Python literals as text, such as "(480000, 640000)". A dead key that is
+    `path` may be the name of one of the recipes that come with the package: see `find_config`.
+    A file may name others with `_BASE_: other.yaml` or `_BASE_: [one.yaml, two.yaml]`, relative to itself
+    or recipes by name, which are read before it, in this order. Values may be Python literals as text, such as "(480000, 640000)". A dead key that is
     set to something else than its default gives a warning, once in a process. Raises ConfigError.
     """
     cfg = Config()
     if path is not None:
-        _merge_file(cfg, Path(path), ())
-    _merge_overrides(cfg, list(overrides or ()))
+        merge_file(cfg, path)
+    merge_overrides(cfg, list(overrides or ()))
     check_config(cfg)
     defaults = {leaf.path: leaf.default for leaf in leaves(Config()) if leaf.dead}
     dead = [leaf.path for leaf in leaves(cfg) if leaf.dead and leaf.default != defaults[leaf.path]]
@@ -37,6 +39,27 @@ def load_config(path: str | Path | None = None, overrides: Sequence[Any] | None 
         _warned.update(new)
         warnings.warn(f"these keys do nothing, as in maskrcnn-benchmark: {', '.join(new)}", stacklevel=2)
     return cfg
+
+
+def find_config(name: str | Path) -> Path:
+    """The YAML file that a name means: a path, or a recipe in fastrcnn/configs, whatever the current folder.
+
+    Of a recipe the suffix and what leads to configs/ may be left out: "quick_start", "configs/quick_start.yaml" and
+    "../configs/quick_start.yaml" are one. ConfigError, with the nearest recipe, where there is neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    parts = path.parts
+    if "configs" in parts:
+        parts = parts[len(parts) - parts[::-1].index("configs") :]
+    recipe = RECIPES.joinpath(*parts)
+    for file in (recipe, recipe.with_name(recipe.name + ".yaml")):
+        if not path.is_absolute() and file.is_file():
+            return file
+    known = [file.relative_to(RECIPES).with_suffix("").as_posix() for file in RECIPES.rglob("*.yaml")]
+    near = nearest("/".join(parts).removesuffix(".yaml"), known)
+    raise ConfigError(f"{name}: cannot read this configuration file: no such file, nor a recipe; the nearest is {near}")
 
 
 def dump_config(cfg: Config) -> str:
@@ -64,6 +87,11 @@ def check_config(cfg: Config) -> None:
     need(all(a < b for a, b in pairwise(steps)), "SOLVER.STEPS", steps, "in rising order")
 
 
+def merge_file(cfg: Config, path: str | Path) -> None:
+    """Reads a YAML file or recipe, with the files that it names, over what `cfg` has. Raises ConfigError."""
+    _merge_file(cfg, find_config(path), ())
+
+
 def _merge_file(cfg: Config, path: Path, readers: tuple[Path, ...]) -> None:
     if path.resolve() in readers:
         raise ConfigError(f"{path}: _BASE_ leads back to this file: {' → '.join(map(str, (*readers, path.resolve())))}")
@@ -72,7 +100,8 @@ def _merge_file(cfg: Config, path: Path, readers: tuple[Path, ...]) -> None:
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str):
             raise ConfigError(f"{path}: _BASE_: wanted the name of a file, got {type(base).__name__} {base!r}")
-        _merge_file(cfg, path.parent / Path(base).expanduser(), (*readers, path.resolve()))
+        beside = path.parent / Path(base).expanduser()
+        _merge_file(cfg, beside if beside.is_file() else find_config(base), (*readers, path.resolve()))
     _merge_tree(cfg, cfg, tree, "", str(path))
 
 
@@ -109,7 +138,8 @@ def _merge_tree(cfg: Config, node: Section, tree: Mapping[Any, Any], prefix: str
             )
 
 
-def _merge_overrides(cfg: Config, overrides: list[Any]) -> None:
+def merge_overrides(cfg: Config, overrides: Sequence[Any]) -> None:
+    """Sets the keys of a flat list KEY VALUE KEY VALUE … in `cfg`. Raises ConfigError."""
     source = "command line"
     if len(overrides) % 2:
         raise ConfigError(f"{source}: wanted pairs KEY VALUE, but the last key has no value: {overrides[-1]!r}")

@@ -11,8 +11,9 @@ import difflib
 import functools
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, Self
 
 
@@ -498,6 +499,19 @@ class Config(Section):
     SEED: int = key(-1, "seed of every random number; −1 = from the clock")
     AMP_VERBOSE: bool = key(False, "there is no apex to be verbose", dead=True)
 
+    # maskrcnn-benchmark's way, on its global `cfg`; the floor above reads files, hence the imports
+    def merge_from_file(self, path: str | Path) -> None:
+        """Reads a YAML file or recipe over what is set. Raises ConfigError."""
+        from fastrcnn.config.loading import merge_file
+
+        merge_file(self, path)
+
+    def merge_from_list(self, overrides: Sequence[Any]) -> None:
+        """Sets the keys of a flat list KEY VALUE KEY VALUE … . Raises ConfigError."""
+        from fastrcnn.config.loading import merge_overrides
+
+        merge_overrides(self, overrides)
+
 
 @dataclass(frozen=True)
 class Leaf:
@@ -528,7 +542,8 @@ def key_types(cls: type[Section]) -> dict[str, Any]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    return difflib.get_close_matches(name.upper(), list(names), n=1, cutoff=0.0)[0]
+    upper = {known.upper(): known for known in names}
+    return upper[difflib.get_close_matches(name.upper(), upper, n=1, cutoff=0.0)[0]]
 
 
 def type_name(kind: Any) -> str:

@@ -1,6 +1,6 @@
 """Training, testing, checkpoints, and the processes that share the work."""
 
-from fastrcnn.engine.checkpoint import Checkpointer, config_of, find, read
+from fastrcnn.engine.checkpoint import Checkpointer, category_names, config_of, find, find_model, read
 from fastrcnn.engine.ema import WeightAverage
 from fastrcnn.engine.hooks import Hook
 from fastrcnn.engine.inference import load_predictions, test, test_all
@@ -14,8 +14,10 @@ __all__ = [
     "Run",
     "Trainer",
     "WeightAverage",
+    "category_names",
     "config_of",
     "find",
+    "find_model",
     "load_predictions",
     "lr_factor",
     "make_optimizer",

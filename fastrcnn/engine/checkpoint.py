@@ -5,6 +5,7 @@ A file holds {"model", "optimizer", "scheduler", "scaler", "iteration", "config"
 weights themselves. The folder's `last_checkpoint` is a text file with the name of the newest one.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -18,6 +19,7 @@ from torch import nn
 
 from fastrcnn import weights
 from fastrcnn.config import Config, load_config
+from fastrcnn.data.datasets import COCO_CATEGORIES, VOC_CLASSES
 from fastrcnn.engine import distributed
 
 logger = logging.getLogger("fastrcnn")
@@ -131,6 +133,62 @@ def config_of(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         file = Path(folder) / f"config of {path.name}"
         file.write_text(text, encoding="utf-8")
         return load_config(file, ["OUTPUT_DIR", str(path.parent), *overrides])
+
+
+def find_model(
+    config: Config | str | Path | None = None, weights: Any = None, overrides: Sequence[str] = ()
+) -> tuple[Config, Any]:
+    """The configuration and the weights that a user means.
+
+    config: a Config, the name of a recipe or YAML file, or a checkpoint or a run's folder, which carry theirs; None is
+    that of the weights. weights: as `fastrcnn.weights.load` takes them, or a folder of checkpoints; None is the newest
+    checkpoint of the run or of OUTPUT_DIR, else MODEL.WEIGHT. overrides: KEY VALUE KEY VALUE … . FileNotFoundError
+    where there are no weights, ConfigError or ValueError for a config that cannot be used.
+    """
+    if config is None and weights is None:
+        raise ValueError("name a configuration or weights: a recipe, a file, or the folder of a run")
+    if config is None or (not isinstance(config, Config) and _is_run(config)):
+        source = find(weights if config is None else config)
+        cfg = config_of(source, overrides)
+        if weights is None:
+            return cfg, source
+    elif isinstance(config, Config):
+        cfg = config.clone()
+        cfg.merge_from_list(overrides)
+    else:
+        cfg = load_config(config, overrides)
+    if weights is None:
+        newest = next(candidates(cfg.OUTPUT_DIR), None)
+        if newest is None and not cfg.MODEL.WEIGHT:
+            raise FileNotFoundError(f"no weights: no checkpoint in {cfg.OUTPUT_DIR}, and MODEL.WEIGHT is empty")
+        return cfg, newest or cfg.MODEL.WEIGHT
+    if isinstance(weights, (str, Path)) and Path(weights).is_dir():
+        weights = find(weights)
+    return cfg, weights
+
+
+def _is_run(path: str | Path) -> bool:
+    return Path(path).is_dir() or Path(path).suffix in (".pth", ".pkl", ".pt")
+
+
+def category_names(weights: Any, cfg: Config) -> dict[int, str]:
+    """Label (1..K) → name: those that a checkpoint carries, else those of COCO or PASCAL VOC where their number fits.
+
+    weights: as of `find_model`. {} where nothing is known.
+    """
+    if isinstance(weights, (str, Path)) and "://" not in str(weights) and Path(weights).suffix == ".pth":
+        with contextlib.suppress(OSError, ValueError):  # other families' files
+            names = read(weights).get("categories")
+            if names:
+                return {int(label): str(name) for label, name in names.items()}
+    head = cfg.MODEL.RETINANET if cfg.MODEL.RETINANET_ON else cfg.MODEL.ROI_BOX_HEAD
+    published = {
+        2: {1: "person"} if cfg.MODEL.KEYPOINT_ON else {},
+        21: dict(enumerate(VOC_CLASSES, 1)),
+        81: dict(enumerate(COCO_CATEGORIES.values(), 1)),
+        91: COCO_CATEGORIES,
+    }
+    return {} if cfg.MODEL.RPN_ONLY and not cfg.MODEL.RETINANET_ON else published.get(head.NUM_CLASSES, {})
 
 
 class Checkpointer:

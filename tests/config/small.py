@@ -7,7 +7,7 @@ import torch
 import fastrcnn
 from fastrcnn.config import Config, load_config
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "fastrcnn" / "configs"
 
 
 def small(name: str) -> Config:

@@ -101,7 +101,7 @@ ELSEWHERE = {
     "MODEL.META_ARCHITECTURE": "models/test_rpn.py::test_unknown_architecture",
     "MODEL.IMPORT": "models/test_registry.py::test_modules_that_cannot_be_imported",
     "MODEL.DEVICE": "engine/test_trainer.py::test_no_gpu_is_one_message",
-    "MODEL.WEIGHT": "tools/test_command_line.py::test_mistakes_in_training_end_with_one_message",
+    "MODEL.WEIGHT": "cli/test_command_line.py::test_mistakes_in_training_end_with_one_message",
     "INPUT.LSJ_MIN_AREA": "data/test_transforms_lsj.py::test_objects_of_which_too_little_remains_are_dropped",
     "DATASETS.TRAIN": "data/test_loader.py::test_several_datasets_are_joined_for_training_and_kept_apart_for_testing",
     "DATASETS.TEST": "data/test_loader.py::test_several_datasets_are_joined_for_training_and_kept_apart_for_testing",

@@ -128,6 +128,13 @@ def test_several_bases_are_read_in_order(write):
     assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER, cfg.SOLVER.GAMMA) == (0.1, 2, 0.7)
 
 
+def test_base_is_a_recipe_where_no_file_lies_beside(write):
+    cfg = load_config(write("_BASE_: quick_start.yaml\nSOLVER: {MAX_ITER: 2}"))
+    assert (cfg.DATASETS.TRAIN, cfg.SOLVER.MAX_ITER) == (("shapes_train",), 2)
+    write("SOLVER: {MAX_ITER: 5}", "quick_start.yaml")
+    assert load_config(write("_BASE_: quick_start.yaml")).DATASETS.TRAIN == ()
+
+
 def test_base_cycle(write):
     write("_BASE_: b.yaml", "a.yaml")
     with pytest.raises(ConfigError, match=r"_BASE_ leads back to this file: .*a\.yaml → .*b\.yaml → .*a\.yaml"):
@@ -149,7 +156,7 @@ def test_base_cycle(write):
         ("SEED: {A: 1}", r"a\.yaml: SEED: wanted int, got dict"),
         ("MODEL:\n  RPN: [1, 2", r"a\.yaml, line 2: broken YAML: "),
         ("- 1\n- 2", r"a\.yaml: wanted keys with values, got list"),
-        ("_BASE_: none.yaml", r"none\.yaml: cannot read this configuration file: No such file"),
+        ("_BASE_: none.yaml", r"none\.yaml: .*no such file, nor a recipe; the nearest is "),
         ("_BASE_: {a: b}", r"a\.yaml: _BASE_: wanted the name of a file, got dict"),
         ("\x01", r"a\.yaml: broken YAML"),
         ("SOLVER: {ACCUMULATE_STEPS: 0}", r"SOLVER\.ACCUMULATE_STEPS is 0; it must be at least 1"),
@@ -201,7 +208,7 @@ def test_dump_loads_back_equal(write):
 
 
 def test_every_recipe_loads_without_warnings(repository):
-    files = sorted((repository / "configs").rglob("*.yaml"))
+    files = sorted((repository / "fastrcnn" / "configs").rglob("*.yaml"))
     assert len(files) >= 5
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -210,7 +217,7 @@ def test_every_recipe_loads_without_warnings(repository):
 
 
 def test_torchvision_recipes_describe_torchvisions_models(repository):
-    folder = repository / "configs" / "torchvision"
+    folder = repository / "fastrcnn" / "configs" / "torchvision"
     cfg = load_config(folder / "mask_rcnn_R_50_FPN.yaml")
     with torch.device("meta"):
         peer = torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)

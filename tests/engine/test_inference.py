@@ -110,7 +110,7 @@ def test_keypoints_reach_the_evaluation_and_the_files(tmp_path, repository):
         "MODEL.ROI_KEYPOINT_HEAD.CONV_LAYERS (8,) MODEL.ROI_KEYPOINT_HEAD.POOLER_SCALES (0.25,0.125,0.0625,0.03125) "
         "MODEL.ROI_HEADS.SCORE_THRESH 0.0 MODEL.ROI_HEADS.DETECTIONS_PER_IMG 5 TEST.IMS_PER_BATCH 2"
     )
-    cfg = load_config(repository / "configs" / "quick_start.yaml", [*overrides.split(), "DATASETS.TEST", "('mine',)"])
+    cfg = load_config("quick_start", [*overrides.split(), "DATASETS.TEST", "('mine',)"])
     entry = {"img_dir": str(tmp_path / "images"), "ann_file": str(tmp_path / "annotations.json")}
     cfg.DATASETS.REGISTER = {"mine": entry}
     (loader,) = make_data_loader(cfg, is_train=False)

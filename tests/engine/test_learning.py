@@ -9,7 +9,7 @@ import pytest
 from fastrcnn.config import load_config
 from fastrcnn.engine import train
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "fastrcnn" / "configs"
 
 # photos of coco_open's train2017: few, large objects of six classes; one or two people, all with ten keypoints or more
 OBJECTS = "instances", (30, 629, 173350, 525891)

@@ -26,7 +26,7 @@ SMALL = (
 
 def config(repository, name="e2e_mask_rcnn_R_50_FPN_1x", **aug):
     options = [part for key, value in aug.items() for part in (f"TEST.BBOX_AUG.{key}", str(value))]
-    return load_config(repository / "configs" / f"{name}.yaml", [*SMALL, *options])
+    return load_config(name, [*SMALL, *options])
 
 
 # what the layers of these names give is to have this standard deviation, one after another

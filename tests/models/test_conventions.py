@@ -172,7 +172,7 @@ def legacy_paste(mask, box, height, width, threshold):
 @pytest.mark.parametrize("threshold", [0.5, 0.7])
 def test_pasting(threshold, repository):
     """Also at the image's border; the masks are 64ths so that no value lies within rounding of the threshold."""
-    path = repository / "configs" / "e2e_mask_rcnn_R_50_FPN_1x.yaml"
+    path = "e2e_mask_rcnn_R_50_FPN_1x"
     overrides = ["MODEL.CONVENTIONS", "detectron", "MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS_THRESHOLD", str(threshold)]
     with torch.device("meta"):
         head = MaskHead(fastrcnn.load_config(path, overrides), 16, None)

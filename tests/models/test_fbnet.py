@@ -482,14 +482,14 @@ def inputs():
 def test_recipes_give_what_the_original_files_gave(name, repository):
     ours = "MODEL.CONVENTIONS maskrcnn-benchmark MODEL.BACKBONE.FREEZE_CONV_BODY_AT 0"
     want = fastrcnn.load_config(None, f"{COMMON} {CONFIGS[name]} {ours}".split())
-    assert fastrcnn.load_config(repository / "configs" / f"{name}.yaml") == want
+    assert fastrcnn.load_config(name) == want
 
 
 def test_a_keypoint_model(repository):
     """The part for masks doubles the side of 14, the predictor makes it four times as large."""
     keys = "KEYPOINT_ON True MODEL.ROI_KEYPOINT_HEAD.FEATURE_EXTRACTOR FBNet.roi_head_keypoints "
     keys += "MODEL.ROI_KEYPOINT_HEAD.RESOLUTION 112 MODEL.ROI_KEYPOINT_HEAD.SHARE_BOX_FEATURE_EXTRACTOR False"
-    path = repository / "configs" / "e2e_faster_rcnn_fbnet.yaml"
+    path = "e2e_faster_rcnn_fbnet"
     model = fastrcnn.build_model(fastrcnn.load_config(path, [*SMALL, *f"MODEL.{keys}".split()]))
     images, targets = inputs()
     targets.masks, targets.keypoints = None, torch.full((2, 2, 17, 3), 50.0)
@@ -502,7 +502,7 @@ def test_a_keypoint_model(repository):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_recipes_build(name, repository):
     with torch.device("meta"):
-        model = fastrcnn.build_model(fastrcnn.load_config(repository / "configs" / f"{name}.yaml"))
+        model = fastrcnn.build_model(fastrcnn.load_config(name))
     stems = ("backbone.body.first", "backbone.body.stages.xif", "rpn.head.0.head.xif", "rpn.head.1.")
     stems += ("roi_heads.box.feature_extractor.head.", "roi_heads.box.predictor.", "roi_heads.mask.")
     assert all(key.startswith(stems) for key, _ in model.named_parameters())
@@ -514,7 +514,7 @@ def test_recipes_build(name, repository):
 def test_steps_trace_without_values(name, repository):
     """No step between images and detections reads a value back."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    cfg = fastrcnn.load_config(repository / "configs" / f"{name}.yaml", SMALL)
+    cfg = fastrcnn.load_config(name, SMALL)
     model = fastrcnn.build_model(cfg)
     images, targets = (batch._map(mode.from_tensor) for batch in inputs())
     if not cfg.MODEL.MASK_ON:
@@ -533,7 +533,7 @@ def test_steps_trace_without_values(name, repository):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_recipes_learn(name, repository):
     """A few steps on one batch lower the loss, and every parameter has a part in it."""
-    model = fastrcnn.build_model(fastrcnn.load_config(repository / "configs" / f"{name}.yaml", SMALL)).train()
+    model = fastrcnn.build_model(fastrcnn.load_config(name, SMALL)).train()
     images, targets = inputs()
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
     totals = []

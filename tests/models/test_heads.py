@@ -43,7 +43,7 @@ def test_strides():
 
 
 def test_mask_logits_of_one_class_are_a_channel_of_all(repository):
-    cfg = fastrcnn.load_config(repository / "configs" / "quick_start.yaml")
+    cfg = fastrcnn.load_config("quick_start")
     predictor = MaskRCNNC4Predictor(cfg, 64)
     x, labels = torch.randn(5, 64, 14, 14), torch.tensor([0, 3, 6, 3, 1])
     everything = predictor.mask_fcn_logits(F.relu(predictor.conv5_mask(x)))
@@ -101,7 +101,7 @@ def test_anchors_over_the_border_are_not_learnt(border):
 
 def test_class_agnostic_boxes(repository):
     """One box for all classes: the deltas after the background's four."""
-    path = repository / "configs" / "quick_start.yaml"
+    path = "quick_start"
     cfg = fastrcnn.load_config(path, "MODEL.CLS_AGNOSTIC_BBOX_REG True MODEL.ROI_HEADS.SCORE_THRESH 0.0".split())
     head = BoxHead(cfg, 64)
     boxes = torch.tensor([[[10.0, 10, 50, 60], [70, 20, 120, 90]]])
@@ -139,7 +139,7 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_learn(name, repository):
     """A few steps on one image lower the loss, and every parameter has a part in it."""
-    path = repository / "configs" / "quick_start.yaml"
+    path = "quick_start"
     cfg = fastrcnn.load_config(path, ["MODEL.DEVICE", "cpu", *VARIANTS[name].split()])
     model = fastrcnn.build_model(cfg).train()
     sizes = torch.tensor([[96, 96]], dtype=torch.int32)
@@ -183,7 +183,7 @@ CASCADE = ["MODEL.CASCADE_ON", "True", "MODEL.CLS_AGNOSTIC_BBOX_REG", "True"]
     ],
 )
 def test_what_is_not_there_says_so(overrides, message, repository):
-    path = repository / "configs" / "e2e_mask_rcnn_R_50_FPN_1x.yaml"
+    path = "e2e_mask_rcnn_R_50_FPN_1x"
     cfg = fastrcnn.load_config(path, ["MODEL.DEVICE", "cpu", *overrides])
     with pytest.raises(ConfigError, match=message), torch.device("meta" if "warp" not in overrides else "cpu"):
         fastrcnn.build_model(cfg)

@@ -220,7 +220,7 @@ SHARED = (  # C4: the keypoints are predicted from what the box head extracts
 
 
 def config(repository, *overrides):
-    path = repository / "configs" / "quick_start.yaml"
+    path = "quick_start"
     return fastrcnn.load_config(path, [*HEAD, "MODEL.MASK_ON", "False", *SMALL, *overrides])
 
 

@@ -37,7 +37,7 @@ NAMES = {
 
 def config(repository, kind: str):
     name = NAMES.get(kind, "e2e_mask_rcnn_R_50_FPN_1x")
-    return fastrcnn.load_config(repository / "configs" / f"{name}.yaml", SMALL)
+    return fastrcnn.load_config(name, SMALL)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -111,7 +111,7 @@ def test_compiles_into_one_graph(repository):
 def test_batch_norm_in_the_heads_compiles_too(repository):
     """It learns from valid regions alone, by a state that is set around the call."""
     overrides = "MODEL.ROI_BOX_HEAD.CONV_HEAD_DIM 8 MODEL.ROI_MASK_HEAD.CONV_LAYERS (8,8)"
-    path = repository / "configs/torchvision/mask_rcnn_R_50_FPN_V2.yaml"
+    path = "torchvision/mask_rcnn_R_50_FPN_V2"
     model = fastrcnn.build_model(fastrcnn.load_config(path, [*SMALL, *overrides.split()])).train()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     found = []

@@ -58,8 +58,7 @@ def blocks(repository, language: str) -> list[str]:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, repository):
-    for name in ("configs", "tools"):
-        (tmp_path / name).symlink_to(repository / name)
+    (tmp_path / "tools").symlink_to(repository / "tools")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

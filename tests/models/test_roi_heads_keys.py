@@ -177,7 +177,7 @@ FAMILIES = {
 
 def family(name, repository):
     keys, file = FAMILIES[name]
-    path = None if file is None else repository / "configs" / f"{file}.yaml"
+    path = None if file is None else file
     few = "MODEL.ROI_HEADS.DETECTIONS_PER_IMG 10 MODEL.ROI_MASK_HEAD.CONV_LAYERS (16,16)".split()
     return fastrcnn.load_config(path, [*SMALL, *few, *keys.split()])
 

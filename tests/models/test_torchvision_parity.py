@@ -35,7 +35,7 @@ def some(*always):
 def config(repository, name, *overrides):
     # what torchvision's new models have; its published weights are used with 0
     eps = ["MODEL.RESNETS.FROZEN_BN_EPS", "1e-5"] if "R_50" in name else []
-    path = repository / "configs" / "torchvision" / f"{name}.yaml"
+    path = f"torchvision/{name}"
     return fastrcnn.load_config(path, ["MODEL.DEVICE", DEVICE, *eps, *overrides])
 
 
@@ -271,7 +271,7 @@ def test_same_losses_and_gradients_when_sampling_is_exhaustive(name, test_data, 
 
 def test_published_weights_have_no_eps(repository):
     """torchvision sets eps to 0 when it loads its COCO V1 weights (`overwrite_eps`), and so does the convention."""
-    cfg = fastrcnn.load_config(repository / "configs/torchvision/faster_rcnn_R_50_FPN.yaml", ["MODEL.DEVICE", DEVICE])
+    cfg = fastrcnn.load_config("torchvision/faster_rcnn_R_50_FPN", ["MODEL.DEVICE", DEVICE])
     norm = next(m for m in fastrcnn.build_model(cfg).modules() if hasattr(m, "running_var"))
     norm.running_var.fill_(0.25)
     assert torch.allclose(norm(torch.ones(1, norm.weight.numel(), 1, 1, device=DEVICE)), torch.tensor(2.0))

@@ -20,7 +20,7 @@ CLASSES = {1: 3, 2: 1, 4: 9}  # our class 3 has no counterpart
 
 
 def build(repository, classes, *overrides):
-    path = repository / "configs" / "quick_start.yaml"
+    path = "quick_start"
     cfg = fastrcnn.load_config(path, [*TINY, "MODEL.ROI_BOX_HEAD.NUM_CLASSES", str(classes), *overrides])
     model = fastrcnn.build_model(cfg)
     for tensor in model.state_dict().values():

@@ -54,7 +54,7 @@ NOT_OF = {"torchvision": {"C4", "deformable", "cascade"}, "detectron2": {"mobile
 
 def build(repository, kind="mask", *overrides):
     file, more = MODELS[kind]
-    cfg = fastrcnn.load_config(repository / "configs" / file, [*SMALL, *more, *overrides])
+    cfg = fastrcnn.load_config(file, [*SMALL, *more, *overrides])
     model = fastrcnn.build_model(cfg)
     for tensor in model.state_dict().values():
         tensor.copy_(torch.rand(tensor.shape) + 0.5 if tensor.is_floating_point() else 7)
@@ -179,7 +179,7 @@ def test_our_names_of_torchvisions_parameters(name, expected):
 
 
 def test_torchvision_reads_what_we_export(repository):
-    path = repository / "configs" / "torchvision" / "mask_rcnn_R_50_FPN.yaml"
+    path = "torchvision/mask_rcnn_R_50_FPN"
     with torch.device("meta"):
         ours = fastrcnn.build_model(fastrcnn.load_config(path))
     theirs = meta(detection.maskrcnn_resnet50_fpn)
@@ -544,7 +544,7 @@ def test_predictor_has_the_conventions_of_its_weights(repository, tmp_path):
     model = build(repository)
     path = tmp_path / "model.pth"
     torch.save({"model": export(model, "torchvision")}, path)
-    cfg = fastrcnn.load_config(repository / "configs/e2e_mask_rcnn_R_50_FPN_1x.yaml", SMALL)
+    cfg = fastrcnn.load_config("e2e_mask_rcnn_R_50_FPN_1x", SMALL)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         predictor = fastrcnn.Predictor(cfg, path)

@@ -21,7 +21,7 @@ def torchvision_state():
 
 
 def build(repository, *overrides):
-    path = repository / "configs" / "torchvision" / "mask_rcnn_R_50_FPN.yaml"
+    path = "torchvision/mask_rcnn_R_50_FPN"
     with torch.device("meta"):
         return fastrcnn.build_model(fastrcnn.load_config(path, list(overrides)))
 
@@ -92,7 +92,7 @@ def test_hostile_and_broken_files_are_refused(tmp_path, monkeypatch):
 
 def test_classifiers_become_bodies(repository):
     state = resnet18(weights=None).state_dict()
-    path = repository / "configs" / "quick_start.yaml"
+    path = "quick_start"
     wide = "MODEL.DEVICE cpu MODEL.RESNETS.WIDTH_PER_GROUP 64 MODEL.RESNETS.STEM_OUT_CHANNELS 64".split()
     model = fastrcnn.build_model(fastrcnn.load_config(path, wide))
     report = load(model, state)
@@ -103,7 +103,7 @@ def test_classifiers_become_bodies(repository):
 
 
 def test_strides_of_classifiers_are_told(repository):
-    path = repository / "configs" / "e2e_faster_rcnn_R_50_FPN_1x.yaml"
+    path = "e2e_faster_rcnn_R_50_FPN_1x"
     with torch.device("meta"):
         state = resnet50(weights=None).state_dict()
         other = ["MODEL.RESNETS.STRIDE_IN_1X1", "False"]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset
 
 logger = logging.getLogger(__name__)
@@ -38,10 +38,10 @@ def _opened(path: str | Path, image_id: Any, absent: str) -> Iterator[Image.Imag
 
 
 def read_image(path: str | Path, image_id: Any = None, size: tuple[int, int] | None = None) -> Image.Image:
-    """The decoded RGB image. DataError, which names the file and the image id, if it is missing or broken, or has
-    another size (width, height) than its annotations say."""
+    """The decoded RGB image, upright: turned as its EXIF orientation says. DataError, which names the file and the
+    image id, if it is missing or broken, or has another size (width, height) than its annotations say."""
     with _opened(path, image_id, "does not exist") as file:
-        image = file.convert("RGB")
+        image = ImageOps.exif_transpose(file).convert("RGB")
     if size is not None and image.size != tuple(size):
         raise DataError(
             f"image file {path} (image id {image_id}) is {image.width}x{image.height}; "
@@ -51,9 +51,10 @@ def read_image(path: str | Path, image_id: Any = None, size: tuple[int, int] | N
 
 
 def read_image_size(path: str | Path, image_id: Any) -> tuple[int, int]:
-    """(width, height) from the header of an image file; DataError as of `read_image`."""
+    """(width, height) of the upright image, from the header of its file; DataError as of `read_image`."""
     with _opened(path, image_id, "does not exist, and the annotations do not give its size") as file:
-        return file.size
+        turned = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # the four that lay it on its side
+        return file.size[::-1] if turned else file.size
 
 
 class BadAnnotations:

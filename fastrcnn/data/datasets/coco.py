@@ -17,12 +17,19 @@ import torch
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from torch.utils.data import Dataset
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from fastrcnn.data.datasets.abstract import BadAnnotations, DataError, read_image, read_image_size
 from fastrcnn.structures import BoxList, Keypoints, PersonKeypoints, SegmentationMask
 from fastrcnn.structures.keypoint import flip_map_of
 
 MIN_KEYPOINTS_PER_IMAGE = 10
+# category id → name, as torchvision lists them, gaps included
+COCO_CATEGORIES = {
+    number: name
+    for number, name in enumerate(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
+    if number > 0 and name != "N/A"
+}
 
 
 class COCODataset(Dataset):

@@ -1,43 +1,28 @@
 """The converter as a user runs it."""
 
 import pickle
-import runpy
-import sys
+from functools import partial
 
 import pytest
 import torch
+from support import TINY
 
 import fastrcnn
 from fastrcnn.weights import load, read_state
 
-TINY = (
-    "MODEL.DEVICE cpu MODEL.RESNETS.WIDTH_PER_GROUP 8 MODEL.RESNETS.RES2_OUT_CHANNELS 16 "
-    "MODEL.RESNETS.STEM_OUT_CHANNELS 8 MODEL.RESNETS.BACKBONE_OUT_CHANNELS 16 MODEL.ROI_BOX_HEAD.MLP_HEAD_DIM 16 "
-    "MODEL.ROI_MASK_HEAD.CONV_LAYERS (16,)"
-).split()
 
-
-def build(repository, *overrides):
-    return fastrcnn.build_model(fastrcnn.load_config(repository / "configs" / "quick_start.yaml", [*TINY, *overrides]))
+def build(*overrides):
+    return fastrcnn.build_model(fastrcnn.load_config("quick_start", [*TINY, *overrides]))
 
 
 @pytest.fixture
-def convert(repository, tmp_path, monkeypatch, capsys):
-    """convert(arguments…) -> (exit code, stdout, stderr), run in this process, in tmp_path."""
+def convert(tmp_path, monkeypatch, fastrcnn_command):
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["convert_weights.py", *arguments])
-        try:
-            runpy.run_path(str(repository / "tools" / "convert_weights.py"), run_name="__main__")
-        except SystemExit as end:
-            return (end.code or 0, *capsys.readouterr())
-
-    return run
+    return partial(fastrcnn_command, "convert-weights")
 
 
-def test_there_and_back(convert, repository, tmp_path):
-    model = build(repository)
+def test_there_and_back(convert, tmp_path):
+    model = build()
     torch.save({"model": model.state_dict(), "conventions": "torchvision", "optimizer": {}}, tmp_path / "ours.pth")
     code, out, err = convert("ours.pth", "theirs.pth", "--to", "torchvision")
     assert code == 0, err
@@ -51,8 +36,8 @@ def test_there_and_back(convert, repository, tmp_path):
     assert all(torch.equal(back["model"][name], value) for name, value in model.state_dict().items())
 
 
-def test_to_detectron2_with_other_classes(convert, repository, tmp_path):
-    model = build(repository)
+def test_to_detectron2_with_other_classes(convert, tmp_path):
+    model = build()
     torch.save({"model": model.state_dict(), "conventions": "torchvision"}, tmp_path / "ours.pth")
     code, out, err = convert("ours.pth", "theirs.pkl", "--to", "detectron2", "--classes", "1=5", "2=1")
     assert code == 0, err
@@ -62,7 +47,7 @@ def test_to_detectron2_with_other_classes(convert, repository, tmp_path):
     assert content["__author__"]
     scores = model.state_dict()["roi_heads.box.predictor.cls_score.weight"]
     assert torch.equal(torch.tensor(content["model"]["roi_heads.box_predictor.cls_score.weight"]), scores[[5, 1, 0]])
-    smaller = build(repository, "MODEL.ROI_BOX_HEAD.NUM_CLASSES", "3")
+    smaller = build("MODEL.ROI_BOX_HEAD.NUM_CLASSES", "3")
     assert not load(smaller, read_state(tmp_path / "theirs.pkl").state).missing
 
 

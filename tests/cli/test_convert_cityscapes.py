@@ -1,6 +1,5 @@
-import importlib.util
 import json
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,21 +9,8 @@ from fastrcnn.data import CityScapesDataset, COCODataset
 
 
 @pytest.fixture
-def convert(repository, monkeypatch, capsys):
-    path = repository / "tools" / "cityscapes" / "convert_cityscapes_to_coco.py"
-    spec = importlib.util.spec_from_file_location("convert_cityscapes_tool", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
-        try:
-            code = module.main() or 0
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
+def convert(fastrcnn_command):
+    return partial(fastrcnn_command, "convert-cityscapes")
 
 
 def test_coco_files_hold_the_same_objects(convert, tmp_path):
