@@ -1,4 +1,4 @@
-"""Each operator beside its rivals: checked, then timed. See `operators.py` for the cases, `timing.py` for the method.
+"""Each operator beside its rivals: checked, then timed. See `operators/` for the cases, `timing.py` for the method.
 
 The providers of a case are measured together, launch by launch in turn; pytest-benchmark's own columns are a second,
 separate measurement of the eager wall time, in batches of calls. Everything else stands in the JSON's extra_info.

@@ -1,7 +1,10 @@
 """What is installed, and what importing it needs."""
 
+import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -59,3 +62,43 @@ def test_kernels_setting_is_checked():
         check=False,
     )
     assert "FASTRCNN_KERNELS is 'cuda'; it must be one of auto, triton, reference, interpret" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory, repository):
+    """The names of the files in the wheel that `python -m build` makes of a copy of the repository."""
+    pytest.importorskip("build")
+    source, out = tmp_path_factory.mktemp("source") / "fastrcnn", tmp_path_factory.mktemp("dist")
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(repository / name, source)
+    for name in ("fastrcnn", "triton_kernels"):
+        shutil.copytree(repository / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [path] = out.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_wheel_has_code_recipes_and_types_and_nothing_else(wheel, repository):
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    wanted = {
+        path.relative_to(repository).as_posix()
+        for folder in ("fastrcnn", "triton_kernels")
+        for path in (repository / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert names == wanted
+    assert {"fastrcnn/py.typed", "fastrcnn/configs/quick_start.yaml", "triton_kernels/launch_table.json"} < names
+    assert all(name.endswith((".py", ".yaml", "py.typed", "launch_table.json")) for name in names)
+
+
+def test_wheel_is_pure_and_names_command_licence_and_needs(wheel):
+    [info] = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
+    read = {name: wheel.read(f"{info}/{name}").decode() for name in ("METADATA", "WHEEL", "entry_points.txt")}
+    assert "Root-Is-Purelib: true" in read["WHEEL"]
+    assert "fastrcnn = fastrcnn.cli:main" in read["entry_points.txt"]
+    assert f"{info}/licenses/LICENSE" in wheel.namelist()
+    needs = set(re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==)", read["METADATA"], re.M))
+    assert needs == set("torch torchvision triton numpy pillow pycocotools pyyaml tqdm matplotlib".split())

@@ -8,6 +8,12 @@ import pytest
 import torch
 
 from benchmarks import operators, timing
+from benchmarks.operators.anchors import anchors_case
+from benchmarks.operators.box_coder import box_coder_case
+from benchmarks.operators.case import PAIR, distinct, random_boxes, relative_error
+from benchmarks.operators.match import match_case
+from benchmarks.operators.nms import check_greedy, pair_tests
+from benchmarks.operators.roi_align import Pooling, roi_align_bytes, roi_align_case, roi_align_taps
 from benchmarks.test_operators import measure, unsuited
 
 CPU = torch.device("cpu")
@@ -33,16 +39,16 @@ def two_boxes_on_one_level() -> operators.Inputs:
 
 def test_taps_and_bytes_of_roi_align():
     inputs = two_boxes_on_one_level()
-    assert operators.roi_align_taps(inputs) == (5, 4)
+    assert roi_align_taps(inputs) == (5, 4)
     # 4 pixels × 2 channels and 2 × 2 results, 4 bytes each; 2 boxes of 16 bytes; a map of 4 × 4 × 2
-    assert operators.roi_align_bytes("forward", inputs) == 32 + 16 + 32
-    assert operators.roi_align_bytes("backward", inputs) == 16 + 128 + 32
-    assert operators.roi_align_bytes("both", inputs) == 80 + 176
+    assert roi_align_bytes("forward", inputs) == 32 + 16 + 32
+    assert roi_align_bytes("backward", inputs) == 16 + 128 + 32
+    assert roi_align_bytes("both", inputs) == 80 + 176
 
 
 def test_operations_and_l2_bytes_of_roi_align():
-    pooling = operators.Pooling("", 1, 1)
-    forward, both = (operators.roi_align_case(pooling, torch.float32, d) for d in ("forward", "both"))
+    pooling = Pooling("", 1, 1)
+    forward, both = (roi_align_case(pooling, torch.float32, d) for d in ("forward", "both"))
     inputs = two_boxes_on_one_level()
     assert forward.operations(inputs) == 2 * 2 * 5
     assert both.operations(inputs) == 2 * forward.operations(inputs)
@@ -51,20 +57,20 @@ def test_operations_and_l2_bytes_of_roi_align():
 
 def test_pair_tests():
     keep = torch.tensor([True, False, True, True])
-    assert operators.pair_tests(keep) == 3 + 1
-    assert operators.pair_tests(keep, torch.tensor([0, 0, 1, 0])) == 1 + 0 + 1
+    assert pair_tests(keep) == 3 + 1
+    assert pair_tests(keep, torch.tensor([0, 0, 1, 0])) == 1 + 0 + 1
 
 
 def test_bytes_of_the_streaming_operators():
-    anchors = operators.anchors_case("", [(1, 1)] * 5)
+    anchors = anchors_case("", [(1, 1)] * 5)
     assert anchors.bytes({}) == 15 * 16
     assert anchors.operations({}) == 15 * 4
-    assert operators.box_coder_case("decode", 1000, "", "forward").bytes({}) == 48_000
-    assert operators.box_coder_case("encode", 1000, "", "both").bytes({}) == 112_000
+    assert box_coder_case("decode", 1000, "", "forward").bytes({}) == 48_000
+    assert box_coder_case("encode", 1000, "", "both").bytes({}) == 112_000
     inputs = {"boxes": torch.zeros(2, 6, 4), "gt": torch.zeros(2, 3, 4)}
-    matching = operators.match_case("", 2, 3, proposals=6)
+    matching = match_case("", 2, 3, proposals=6)
     assert matching.bytes(inputs) == 2 * 6 * 16 + 2 * 3 * 16 + 2 * 3 + 2 * 6 * 12
-    assert matching.operations(inputs) == 2 * 6 * 3 * operators.PAIR
+    assert matching.operations(inputs) == 2 * 6 * 3 * PAIR
 
 
 # ---- checks
@@ -132,25 +138,25 @@ def test_wrong_results_fail_the_check(case, spoil):
 
 def test_nan_fails_every_tolerance():
     with pytest.raises(AssertionError):
-        operators.relative_error([torch.tensor([1.0, math.nan])], [torch.ones(2, dtype=torch.float64)], 1.0, 1.0)
+        relative_error([torch.tensor([1.0, math.nan])], [torch.ones(2, dtype=torch.float64)], 1.0, 1.0)
 
 
 def test_greedy_check_against_brute_force():
     generator = torch.Generator().manual_seed(0)
-    boxes = operators._random_boxes((60,), generator, 100, 120)
-    scores = operators._distinct((60,), generator, 0, 1)
+    boxes = random_boxes((60,), generator, 100, 120)
+    scores = distinct((60,), generator, 0, 1)
     labels = torch.randint(3, (60,), generator=generator)
     keep = torch.zeros(60, dtype=torch.bool)
     for i in scores.argsort(descending=True).tolist():
         others = (keep & (labels == labels[i])).nonzero()[:, 0].tolist()
         keep[i] = all(iou(boxes[i].tolist(), boxes[j].tolist()) <= 0.4 for j in others)
-    operators.check_greedy(boxes, scores, keep, 0.4, labels)
-    operators.check_greedy(boxes, scores, keep, 0.4, labels, margin=1e-3)
+    check_greedy(boxes, scores, keep, 0.4, labels)
+    check_greedy(boxes, scores, keep, 0.4, labels, margin=1e-3)
     for i in range(60):
         wrong = keep.clone()
         wrong[i] = ~wrong[i]
         with pytest.raises(AssertionError):
-            operators.check_greedy(boxes, scores, wrong, 0.4, labels)
+            check_greedy(boxes, scores, wrong, 0.4, labels)
 
 
 def iou(a: list[float], b: list[float]) -> float:
@@ -164,10 +170,10 @@ def test_margin_lets_close_pairs_go_either_way():
     scores = torch.tensor([1.0, 0.5])
     kept, dropped = torch.tensor([True, True]), torch.tensor([True, False])
     for keep in (kept, dropped):
-        operators.check_greedy(boxes, scores, keep, 0.5 + 1e-4, margin=1e-3)
-    operators.check_greedy(boxes, scores, kept, 0.5 + 1e-4, margin=1e-5)
+        check_greedy(boxes, scores, keep, 0.5 + 1e-4, margin=1e-3)
+    check_greedy(boxes, scores, kept, 0.5 + 1e-4, margin=1e-5)
     with pytest.raises(AssertionError):
-        operators.check_greedy(boxes, scores, dropped, 0.5 + 1e-4, margin=1e-5)
+        check_greedy(boxes, scores, dropped, 0.5 + 1e-4, margin=1e-5)
 
 
 # ---- measuring
