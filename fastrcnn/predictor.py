@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -86,6 +86,12 @@ class Predictor:
             raise ValueError(f"the weights do not fill the model\n{report}")
         self.categories = category_names(source, self.cfg)
 
+    @overload
+    def __call__(self, images: Picture) -> BoxList: ...
+
+    @overload
+    def __call__(self, images: Iterable[Picture]) -> list[BoxList]: ...
+
     def __call__(self, images: Picture | Iterable[Picture]) -> BoxList | list[BoxList]:
         """One image gives a BoxList in its own frame, several a list, in falling order of the score.
 
@@ -93,9 +99,9 @@ class Predictor:
         the pasted masks, and with keep_masks mask, float32 [N, M, M]; with MODEL.KEYPOINT_ON keypoints and
         keypoint_scores [N, K].
         """
-        single = isinstance(images, (str, Path, Image.Image, np.ndarray, Tensor))
-        found = list(self.stream([images] if single else images))
-        return found[0] if single else found
+        if isinstance(images, (str, Path, Image.Image, np.ndarray, Tensor)):
+            return next(self.stream([images]))
+        return list(self.stream(images))
 
     def stream(self, images: Iterable[Picture]) -> Iterator[BoxList]:
         """The detections of images one after another, of which only a batch is in memory at a time."""

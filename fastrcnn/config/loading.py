@@ -23,9 +23,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[Any] | None 
     """The defaults, then the YAML file `path`, then `overrides`, a flat list KEY VALUE KEY VALUE … .
 
     `path` may be the name of one of the recipes that come with the package: see `find_config`.
-    A file may name others with `_BASE_: other.yaml` or `_BASE_: [one.yaml, two.yaml]`, relative to itself
-    or recipes by name, which are read before it, in this order. Values may be Python literals as text, such as "(480000, 640000)". A dead key that is
-    set to something else than its default gives a warning, once in a process. Raises ConfigError.
+    A file may name others with `_BASE_: other.yaml` or `_BASE_: [one.yaml, two.yaml]`, relative to itself, or recipes;
+    they are read before it, in this order. Values may be Python literals as text, such as "(480000, 640000)". A dead
+    key that is set to something else than its default gives a warning, once in a process. Raises ConfigError.
     """
     cfg = Config()
     if path is not None:
@@ -42,14 +42,16 @@ def load_config(path: str | Path | None = None, overrides: Sequence[Any] | None 
 
 
 def find_config(name: str | Path) -> Path:
-    """The YAML file that a name means: a path, or a recipe in fastrcnn/configs, whatever the current folder.
+    """The YAML file that a name means: a path, the config.yml of a run's folder, or a recipe in fastrcnn/configs,
+    whatever the current folder.
 
     Of a recipe the suffix and what leads to configs/ may be left out: "quick_start", "configs/quick_start.yaml" and
     "../configs/quick_start.yaml" are one. ConfigError, with the nearest recipe, where there is neither.
     """
     path = Path(name).expanduser()
-    if path.is_file():
-        return path
+    for file in (path, path / "config.yml"):
+        if file.is_file():
+            return file
     parts = path.parts
     if "configs" in parts:
         parts = parts[len(parts) - parts[::-1].index("configs") :]

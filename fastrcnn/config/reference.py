@@ -12,11 +12,11 @@ Written by `python -m fastrcnn.config.reference > docs/config.md` from `fastrcnn
 A configuration is the defaults below, then a YAML file, then `KEY VALUE` pairs from the command line:
 
 ```bash
-python tools/train.py --config-file configs/e2e_mask_rcnn_R_50_FPN_1x.yaml SOLVER.STEPS "(40000, 50000)"
+fastrcnn train --config-file e2e_mask_rcnn_R_50_FPN_1x SOLVER.STEPS "(40000, 50000)"
 ```
 
-- A file may start from another one: `_BASE_: base/faster_rcnn_fpn.yaml`, relative to itself, and replaces what that one
-  set, key by key.
+- A file may start from another one, relative to itself, or from a recipe, by name: `_BASE_: quick_start.yaml`. It
+  replaces what that one set, key by key.
 - Tuples are written `(1, 2)`, `(1,)` or `[1, 2]`; an int stands for a float as well. Any other value of the wrong type
   is an error, and so is an unknown key.
 - maskrcnn-benchmark's files load unchanged. Keys marked *dead* are accepted for their sake and do nothing; setting one

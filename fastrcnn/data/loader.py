@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -43,6 +43,18 @@ class Loader:
 
     def __len__(self) -> int:
         return len(self.batches)
+
+
+@overload
+def make_data_loader(
+    cfg: Any, is_train: Literal[True], start_iter: int = 0, rank: int = 0, world_size: int = 1
+) -> Loader: ...
+
+
+@overload
+def make_data_loader(
+    cfg: Any, is_train: Literal[False], start_iter: int = 0, rank: int = 0, world_size: int = 1
+) -> list[Loader]: ...
 
 
 def make_data_loader(

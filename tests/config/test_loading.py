@@ -6,7 +6,8 @@ import pytest
 import torch
 import torchvision
 
-from fastrcnn.config import Config, ConfigError, dump_config, load_config, loading
+from fastrcnn.config import Config, ConfigError, dump_config, find_config, load_config, loading
+from fastrcnn.config.loading import RECIPES
 from fastrcnn.config.schema import leaves
 
 
@@ -275,3 +276,32 @@ def test_torchvision_recipes_describe_torchvisions_models(repository):
     faster.MODEL.MASK_ON, faster.MODEL.ROI_MASK_HEAD = True, cfg.MODEL.ROI_MASK_HEAD
     faster.MODEL.WEIGHT = cfg.MODEL.WEIGHT
     assert faster == cfg
+
+
+def test_recipes_and_runs_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = RECIPES / "torchvision" / "mask_rcnn_R_50_FPN.yaml"
+    for name in ("torchvision/mask_rcnn_R_50_FPN", "configs/torchvision/mask_rcnn_R_50_FPN.yaml", recipe):
+        assert find_config(name) == recipe
+    assert find_config("../configs/caffe2/e2e_mask_rcnn_R_50_FPN_1x_caffe2.yaml").parent == RECIPES / "caffe2"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "quick_start.yaml").write_text("SEED: 5\n")
+    assert load_config("configs/quick_start.yaml").SEED == 5  # a file of one's own comes first
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yml").write_text("SEED: 6\n")
+    assert load_config("run").SEED == 6
+    for name in ("Mask_RCNN_r_50_fpn", tmp_path / "quick_start", "configs", "run/other"):
+        with pytest.raises(ConfigError, match=f"{name}: cannot read this configuration file.*nearest is "):
+            find_config(name)
+
+
+def test_the_global_of_maskrcnn_benchmark():
+    from fastrcnn.config import cfg
+
+    own = cfg.clone()
+    own.merge_from_file("quick_start")
+    own.merge_from_list(["MODEL.DEVICE", "cpu", "SOLVER.STEPS", "(1, 2)"])
+    assert own == load_config("quick_start", ["MODEL.DEVICE", "cpu", "SOLVER.STEPS", "(1, 2)"])
+    assert cfg == load_config()
+    with pytest.raises(ConfigError, match="unknown key MODEL.DEVISE"):
+        own.merge_from_list(["MODEL.DEVISE", "cpu"])
