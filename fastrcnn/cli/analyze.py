@@ -56,8 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     name, batch = args.config_file or QUICK_START, args.batch
-    of_run = Path(name) / "config.yml"
-    cfg = load_config(of_run if of_run.is_file() else name, args.opts)
+    cfg = load_config(name, args.opts)
     analysis = analyze(cfg, batch, args.size, args.train, args.depth)
     report: dict[str, Any] = {"config": name, **asdict(analysis)}
     print(table(analysis))
