@@ -97,7 +97,7 @@ class Predictor:
 
         Fields: scores float32 [N], labels int64 [N], names (list of N str); with MODEL.MASK_ON rle, COCO run lengths of
         the pasted masks, and with keep_masks mask, float32 [N, M, M]; with MODEL.KEYPOINT_ON keypoints and
-        keypoint_scores [N, K].
+        keypoint_scores [N, K]. Proposals of an RPN alone have objectness only.
         """
         if isinstance(images, (str, Path, Image.Image, np.ndarray, Tensor)):
             return next(self.stream([images]))
@@ -127,9 +127,11 @@ class Predictor:
         return [self._finish(boxlist) for boxlist in detections.to_boxlists()]
 
     def _finish(self, boxlist: BoxList) -> BoxList:
+        proposals = not boxlist.has_field("labels")  # of a region proposal network alone
         if self.confidence_threshold is not None:
-            boxlist = boxlist[boxlist.get_field("scores") >= self.confidence_threshold]
-        if boxlist.has_field("labels"):  # proposals have none
+            scores = boxlist.get_field("objectness" if proposals else "scores")
+            boxlist = boxlist[scores >= self.confidence_threshold]
+        if not proposals:
             labels = boxlist.get_field("labels").tolist()
             boxlist.add_field("names", [self.categories.get(label, str(label)) for label in labels])
         if not boxlist.has_field("mask"):

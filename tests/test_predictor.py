@@ -109,6 +109,16 @@ def test_options(cfg, model):
     assert torch.equal(larger(image).bbox, fastrcnn.Predictor(cfg, model.state_dict())(image).bbox)
 
 
+def test_proposals():
+    cfg = fastrcnn.load_config("quick_start", "MODEL.DEVICE cpu MODEL.RPN_ONLY True MODEL.MASK_ON False".split())
+    state = fastrcnn.build_model(cfg).state_dict()
+    every = fastrcnn.Predictor(cfg, state)(picture(200, 100))
+    threshold = float(every.get_field("objectness").median())
+    some = fastrcnn.Predictor(cfg, state, confidence_threshold=threshold)(picture(200, 100))
+    assert 0 < len(some) == int((every.get_field("objectness") >= threshold).sum()) < len(every)
+    assert not some.has_field("names")
+
+
 def test_stream_holds_one_batch_at_a_time(cfg, model):
     taken = []
 
