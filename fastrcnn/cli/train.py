@@ -7,7 +7,8 @@ from fastrcnn.config import Config, load_config
 from fastrcnn.data import build_dataset
 from fastrcnn.engine import Run, load_predictions, train
 from fastrcnn.engine.distributed import is_main
-from fastrcnn.visualization import contact_sheet, draw_detections, plot_metrics
+from fastrcnn.report import write_report
+from fastrcnn.visualization import contact_sheet, draw_comparison, plot_metrics, readable_scale
 
 EXAMPLES = """  fastrcnn train
       the quick start: makes a dataset of shapes and trains a small Mask R-CNN on it, in minutes on a CPU,
@@ -31,7 +32,8 @@ WRITTEN = {
     "metrics.jsonl": "losses, learning rate, speed and evaluations, one JSON object per line",
     "log.txt": "all messages",
     "loss_curves.png": "picture of the losses and evaluations",
-    "val_detections.png": "images of the first test dataset with the detections",
+    "val_detections.png": "images of the first test dataset: ground truth and detections",
+    "report.html": "all of this on one page, with the best and the worst images",
     "inference": "detections and results per test dataset",
 }
 
@@ -51,20 +53,21 @@ def run(args: argparse.Namespace) -> None:
             plot_metrics(done.output / "metrics.jsonl", done.output / "loss_curves.png")
         if done.results:
             draw_examples(cfg, done)
+        write_report(done.output)
         print_summary(done, args.config_file)
 
 
 def draw_examples(cfg: Config, run: Run, count: int = 12) -> None:
-    """val_detections.png: up to `count` images, spread over the first test dataset, with their detections."""
+    """val_detections.png: up to `count` images, spread over the first test dataset, ground truth beside detections."""
     name = cfg.DATASETS.TEST[0]
-    dataset = build_dataset(cfg, name, is_train=False)
+    dataset = build_dataset(cfg, name, is_train=False, transforms=lambda image, target: (image, target))
     predictions = load_predictions(run.output / "inference" / name / "predictions.pth")
     pictures = []
     for index in range(0, len(dataset), max(len(dataset) // count, 1))[:count]:
-        boxlist = predictions[index]
-        scale = max(1, 384 // max(boxlist.size))  # so that labels on small images can be read
-        pictures.append(draw_detections(dataset[index][0], boxlist, getattr(dataset, "categories", {}), scale=scale))
-    contact_sheet(pictures, 4, run.output / "val_detections.png")
+        (image, target, _), boxlist = dataset[index], predictions[index]
+        scale = readable_scale(boxlist.size, 512)
+        pictures.append(draw_comparison(image, target, boxlist, getattr(dataset, "categories", {}), scale=scale))
+    contact_sheet(pictures, 2, run.output / "val_detections.png")
 
 
 def print_summary(run: Run, config_file: str | None) -> None:

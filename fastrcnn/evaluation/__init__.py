@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from fastrcnn.evaluation.cityscapes import evaluate_cityscapes
-from fastrcnn.evaluation.coco import coco_from_targets, evaluate_coco, image_id_of, to_coco_results
+from fastrcnn.evaluation.coco import (
+    coco_from_targets,
+    evaluate_coco,
+    image_id_of,
+    match_detections,
+    scores_of,
+    to_coco_results,
+)
 from fastrcnn.evaluation.masks import encode_masks
 from fastrcnn.evaluation.proposals import evaluate_proposals
 from fastrcnn.evaluation.voc import evaluate_voc
@@ -25,6 +32,8 @@ __all__ = [
     "evaluate_coco",
     "evaluate_proposals",
     "evaluate_voc",
+    "match_detections",
+    "scores_of",
     "to_coco_results",
 ]
 
@@ -48,7 +57,8 @@ def evaluate(
     `get_instance_ids` Cityscapes', one with `get_groundtruth` alone VOC's (`use_07_metric`: see `evaluate_voc`), boxes
     only; the targets of any other are turned into COCO's form. `box_only` measures the recall of proposals,
     {"box_proposal": {"AR@100": …}}, and nothing else.
-    Writes the results ({bbox,segm,keypoints}.json, VOC: result.txt) into `output_folder` unless it is None.
+    Writes into `output_folder`, unless it is None, the measures (results.json), COCO's and VOC's precision–recall
+    curves (<task>_curves.npz) and the detections in COCO's form ({bbox,segm,keypoints}.json; VOC: result.txt).
     `expected_results`, [task, metric, [mean, deviation]], are checked within `sigma_tol` deviations.
     """
     _check_frames(dataset, predictions)
@@ -76,9 +86,12 @@ def evaluate(
             if cityscapes:
                 measures[task] = evaluate_cityscapes(dataset, predictions, task)
             else:
-                measures[task] = evaluate_coco(truth, results, task, image_ids=ids)
+                curves = None if folder is None else folder / f"{task}_curves.npz"
+                measures[task] = evaluate_coco(truth, results, task, image_ids=ids, curves=curves)
     for task, values in measures.items():
         logger.info("%s on %d images\n%s", task, len(dataset), format_table(values))
+    if folder is not None:
+        (folder / "results.json").write_text(json.dumps(measures, indent=2))
     check_expected_results(measures, expected_results, sigma_tol)
     return measures
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,13 +25,18 @@ _OKS_SIGMA = 0.05  # for keypoints other than COCO's 17: about their mean, as no
 
 
 def evaluate_coco(
-    coco_gt: COCO, results: Sequence[dict], iou_type: str, image_ids: Sequence[int] | None = None
+    coco_gt: COCO,
+    results: Sequence[dict],
+    iou_type: str,
+    image_ids: Sequence[int] | None = None,
+    curves: Path | None = None,
 ) -> dict[str, float]:
     """COCOeval with its defaults: METRICS[iou_type] in its order, then "AP/<class>" for each class with ground truth.
 
     `results` are in COCO's result format (xywh boxes, category and image ids of `coco_gt`). -1 where there is no ground
     truth to measure (COCO's convention), 0 where there are no results. `image_ids`: these images only. Neither
     `coco_gt` nor `results` is changed. ValueError: a result of an unknown image, ground truth without what is measured.
+    `curves`: file for the precision–recall curves, see `save_curves`.
     """
     if iou_type not in METRICS:
         raise ValueError(f"iou_type is {iou_type!r}, wanted one of {', '.join(METRICS)}")
@@ -60,7 +66,63 @@ def evaluate_coco(
         values = precision[:, :, number]
         if (values > -1).any():
             measures[f"AP/{truth.cats[category_id]['name']}"] = float(values[values > -1].mean())
+    if curves is not None:
+        parameters = evaluation.params
+        names = [truth.cats[category_id]["name"] for category_id in parameters.catIds]
+        save_curves(curves, names, parameters.iouThrs, parameters.recThrs, precision)
     return measures
+
+
+def save_curves(
+    path: Path, classes: Sequence[str], thresholds: np.ndarray, recall: np.ndarray, precision: np.ndarray
+) -> None:
+    """A .npz file with `classes`, IoU `thresholds` [T], `recall` [R] and `precision` [T, R, K], float32: the best
+    precision at that recall or a higher one, 0 where it is not reached, −1 for a class without objects."""
+    np.savez_compressed(
+        path,
+        classes=np.array(list(classes), dtype=np.str_),
+        thresholds=np.asarray(thresholds, dtype=np.float32),
+        recall=np.asarray(recall, dtype=np.float32),
+        precision=np.asarray(precision, dtype=np.float32),
+    )
+
+
+def match_detections(target: BoxList, detections: BoxList, iou_threshold: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
+    """Which object each detection of an image finds: (found int64 [D], ignored bool [D]).
+
+    found: index in `target`, −1 for none. COCO's rule at one IoU of boxes: the best scores first, each takes the free
+    object of its class that it overlaps most. One that finds none, but lies on a crowd (field iscrowd; the share of
+    the detection counts) or finds a difficult object (field difficult), is ignored: neither right nor wrong. Boxes
+    without labels are all of one class.
+    """
+    count, objects = len(detections), len(target)
+    found, ignored = np.full(count, -1), np.zeros(count, dtype=bool)
+    aside = np.zeros(objects, dtype=bool)
+    crowd = np.asarray(target.get_field("iscrowd"), dtype=bool) if target.has_field("iscrowd") else aside
+    aside = aside | crowd
+    if target.has_field("difficult"):
+        aside = aside | np.asarray(target.get_field("difficult"), dtype=bool)
+    if not count or not objects:
+        return found, ignored
+    ious = pycocotools.mask.iou(_xywh(detections).numpy(), _xywh(target).numpy(), crowd.astype(np.uint8))
+    if detections.has_field("labels") and target.has_field("labels"):
+        same = np.asarray(detections.get_field("labels"))[:, None] == np.asarray(target.get_field("labels"))[None]
+        ious = np.where(same, ious, -1)
+    free = ~aside
+    for number in scores_of(detections).argsort(descending=True, stable=True).tolist():
+        for candidates in (free, aside):
+            overlaps = np.where(candidates, ious[number], -1)
+            best = int(overlaps.argmax())
+            if overlaps[best] >= iou_threshold:
+                found[number], ignored[number] = best, aside[best]
+                free[best] = False
+                break
+    return found, ignored
+
+
+def scores_of(boxlist: BoxList) -> torch.Tensor:
+    """float32 [N]: field scores, of proposals objectness."""
+    return boxlist.get_field("scores" if boxlist.has_field("scores") else "objectness")
 
 
 def _coco(images: list[dict], annotations: list[dict], categories: list[dict]) -> COCO:

@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastrcnn.evaluation.coco import save_curves
 from fastrcnn.ops import box_iou
 from fastrcnn.structures import BoxList
+
+_RECALLS = np.linspace(0, 1, 101)
 
 
 def evaluate_voc(
@@ -25,15 +28,18 @@ def evaluate_voc(
     the curve, as from VOC 2010 on. Rule of the development kit: the best scores first, a detection takes the object of
     its class with the highest IoU if that is at least the threshold; a second detection of an object is wrong, one of
     a difficult object does not count. IoU is that of continuous boxes (width = x2 − x1), so it differs slightly from
-    the kit's, whose pixels are inclusive (+ 1). Writes result.txt into `output_folder`.
+    the kit's, whose pixels are inclusive (+ 1). Writes result.txt and the precision–recall curves, bbox_curves.npz
+    (see `save_curves`), into `output_folder`.
     """
     truths = [dataset.get_groundtruth(index).convert("xyxy") for index in range(len(dataset))]
     key = f"AP{round(100 * iou_threshold)}"
     measures: dict[str, float] = {key: -1.0}
+    curves = []
     for label, name in dataset.categories.items():
         precision, recall = precision_recall(truths, predictions, label, iou_threshold)
         if recall is not None:
             measures[f"{key}/{name}"] = average_precision(precision, recall, use_07_metric)
+        curves.append(_sampled(precision, recall))
     if len(measures) > 1:
         measures[key] = float(np.mean(list(measures.values())[1:]))
     if output_folder is not None:
@@ -41,6 +47,10 @@ def evaluate_voc(
         lines = [f"{name}: {value:.4f}" for name, value in measures.items()]
         rule = "11 recall points" if use_07_metric else "area under the curve"
         (Path(output_folder) / "result.txt").write_text("\n".join([f"mean {lines[0]} ({rule})", *lines[1:]]) + "\n")
+        curves_file = Path(output_folder) / "bbox_curves.npz"
+        save_curves(
+            curves_file, list(dataset.categories.values()), [iou_threshold], _RECALLS, np.stack(curves, 1)[None]
+        )
     return measures
 
 
@@ -82,6 +92,14 @@ def precision_recall(
     verdicts = np.array(correct, dtype=np.int64)[np.argsort(-np.array(scores), kind="stable")]
     right, wrong = np.cumsum(verdicts == 1), np.cumsum(verdicts == 0)
     return right / np.maximum(right + wrong, 1), right / objects
+
+
+def _sampled(precision: np.ndarray, recall: np.ndarray | None) -> np.ndarray:
+    """The best precision at each of _RECALLS or a higher recall, [R]; −1 for a class without objects."""
+    if recall is None:
+        return np.full(len(_RECALLS), -1.0)
+    envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
+    return envelope[np.searchsorted(recall, _RECALLS)]
 
 
 def average_precision(precision: np.ndarray, recall: np.ndarray, use_07_metric: bool) -> float:

@@ -50,11 +50,12 @@ def test_quick_start_resume_and_test(tool, workplace):
     names = {p.name for p in first.iterdir()}
     expected = {"config.yml", "inference", "labels.json", "last_checkpoint", "log.txt", "loss_curves.png"}
     expected |= {"metrics.jsonl", "model_0000002.pth", "model_0000004.pth", "model_final.pth", "val_detections.png"}
+    expected.add("report.html")
     assert names == expected
     for name in expected - {"last_checkpoint", "model_0000002.pth", "model_0000004.pth"}:
         assert name in out
     assert "fastrcnn test --weights output/quick_start" in out
-    assert min(Image.open(first / "val_detections.png").size) > 384  # 4 images in a row
+    assert min(Image.open(first / "val_detections.png").size) > 384  # 4 images, each beside its ground truth
     lines = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     assert {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"} < set(lines[0])
