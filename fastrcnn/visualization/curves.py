@@ -76,7 +76,7 @@ def plot_metrics(metrics_jsonl: Path | str, path: Path | str) -> None:
         losses.set_yscale("log")
         losses.yaxis.set_major_formatter(ScalarFormatter())
     losses.set_ylabel("loss")
-    losses.legend(loc="upper right", ncols=2, fontsize=9)
+    losses.legend(loc="best", ncols=2, fontsize=9)
 
     rated = {iteration: values["lr"] for iteration, values in training.items() if "lr" in values}
     rate.plot(list(rated), list(rated.values()), color="black", linewidth=1.5)

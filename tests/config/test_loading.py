@@ -290,6 +290,8 @@ def test_recipes_and_runs_by_name(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yml").write_text("SEED: 6\n")
     assert load_config("run").SEED == 6
+    (tmp_path / "mine.yaml").write_text("_BASE_: [run/config.yml, torchvision/mask_rcnn_R_50_FPN]\n")
+    assert load_config("mine.yaml") == load_config(recipe, ["SEED", 6])
     for name in ("Mask_RCNN_r_50_fpn", tmp_path / "quick_start", "configs", "run/other"):
         with pytest.raises(ConfigError, match=f"{name}: cannot read this configuration file.*nearest is "):
             find_config(name)
