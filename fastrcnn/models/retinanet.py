@@ -111,7 +111,7 @@ class RetinaNet(OnAnchors):
         found = []
         for level, codes, places in zip(logits, rows, anchors, strict=True):
             flat = rows_of(level, self.classes).flatten(1)
-            best, pair = flat.topk(min(self.spec.PRE_NMS_TOP_N, flat.shape[1]), dim=1)  # [B, K]
+            best, pair = flat.topk(torch.sym_min(self.spec.PRE_NMS_TOP_N, flat.shape[1]), dim=1)  # [B, K]
             anchor = pair // self.classes
             boxes = ops.decode_boxes(
                 widen(gather_rows(codes, anchor)),

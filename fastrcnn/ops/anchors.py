@@ -52,4 +52,4 @@ def grid_anchors(
             raise ValueError(f"cell_anchors must share one floating dtype, got {[c.dtype for c in cell_anchors]}")
     _library.check_one_device(**{f"cell_anchors[{level}]": cells for level, cells in enumerate(cell_anchors)})
     sizes = [side for size in grid_sizes for side in size]
-    return _GRID_ANCHORS(list(cell_anchors), sizes, [float(s) for stride in strides for s in stride])
+    return _GRID_ANCHORS(list(cell_anchors), sizes, [torch.sym_float(s) for stride in strides for s in stride])

@@ -204,7 +204,7 @@ def select_proposals(
                 f"level {level}: {count} cell anchors want logits [{len(logits[0])}, {count}, h, w] and deltas "
                 f"[{len(logits[0])}, {4 * count}, h, w], got {list(scores.shape)} and {list(codes.shape)}"
             )
-    if image_sizes.shape != (len(logits[0]), 2):
+    if image_sizes.shape != (*images, 2):
         raise ValueError(f"image_sizes must be [B, 2] = [{len(logits[0])}, 2], got {list(image_sizes.shape)}")
     if image_sizes.is_floating_point() or image_sizes.is_complex() or image_sizes.dtype == torch.bool:
         raise ValueError(f"image_sizes must be integers, got {image_sizes.dtype}")
@@ -219,7 +219,7 @@ def select_proposals(
         [x.detach() for x in deltas],
         [x.detach() for x in cell_anchors],
         image_sizes,
-        [float(s) for stride in strides for s in stride],
+        [torch.sym_float(s) for stride in strides for s in stride],
         pre_nms_top_n,
         post_nms_top_n,
         max_proposals,

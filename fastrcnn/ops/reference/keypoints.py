@@ -42,8 +42,12 @@ def to_points(column: Tensor, row: Tensor, corner: Tensor, sides: Tensor, counts
 def _taps(count: Tensor, length: int, side: int) -> list[tuple[Tensor, Tensor]]:
     """Resizing `side` values to count [N]: the four (index int64, weight), [N, length] each, of every position."""
     position = torch.arange(length, dtype=count.dtype, device=count.device)
-    position = torch.minimum(position, count[:, None] - 1)
-    source = (position + 0.5) * (side / count)[:, None] - 0.5
+    return taps(torch.minimum(position, count[:, None] - 1), count[:, None], side)
+
+
+def taps(position: Tensor, count: Tensor, side: int) -> list[tuple[Tensor, Tensor]]:
+    """The four (index int64, weight) of positions in a row of `side` values resized to `count`, which broadcast."""
+    source = (position + 0.5) * (side / count) - 0.5
     low = source.floor()
     t = source - low
     weights = _outer(t + 1), _inner(t), _inner(1 - t), _outer(2 - t)
