@@ -118,7 +118,7 @@ def find(path: str | Path) -> Path:
         return path
     newest = next(candidates(path), None) if path.is_dir() else None
     if newest is None:
-        raise FileNotFoundError(f"no checkpoint at {path}: wanted a .pth file, or a folder that tools/train.py wrote")
+        raise FileNotFoundError(f"no checkpoint at {path}: wanted a .pth file, or a folder that fastrcnn train wrote")
     return newest
 
 

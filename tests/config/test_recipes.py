@@ -305,16 +305,19 @@ def test_torchvisions_weights_fit_their_recipe(name):
     assert shapes(ours.state_dict()) == shapes(convert(theirs.state_dict()))
 
 
-def test_model_zoo_has_links_that_lead_somewhere_and_the_published_figures():
-    text = (CONFIGS.parent / "MODEL_ZOO.md").read_text(encoding="utf-8")
-    assert all((CONFIGS.parent / link).is_file() for link in re.findall(r"\]\(([^)]+)\)", text))
-    rows = re.findall(r"\(configs/torchvision/(\w+)\.yaml\) \| `torchvision://(\w+)` \| ([\d.]+) \| ([\d.]*)", text)
+def test_model_zoo_names_recipes_that_exist_and_the_published_figures(repository):
+    text = (repository / "docs" / "model_zoo.md").read_text(encoding="utf-8")
+    tables = "\n".join(line for line in text.splitlines() if line.startswith("|"))
+    named = re.findall(r"`((?:[a-z]+/)?\w*(?:rcnn|retinanet|quick_start)\w*)`", tables)
+    assert len(named) > 30
+    assert set(named) <= set(recipes())
+    rows = re.findall(r"`torchvision/(\w+)` \| `torchvision://(\w+)` \| ([\d.]+) \| ([\d.]*)", text)
     assert {name: model for name, model, *_ in rows} == TORCHVISION
     for _, model, *figures in rows:
         metrics = torchvision.models.get_model_weights(model).DEFAULT.meta["_metrics"]["COCO-val2017"]
         assert [float(figure) for figure in figures if figure] == list(metrics.values())
     assert set(re.findall(r"`catalog://([^`…]+)`", text)) <= set(CATALOG)
-    readme = (CONFIGS.parent / "README.md").read_text(encoding="utf-8")
+    readme = (repository / "README.md").read_text(encoding="utf-8")
     assert all(figure in readme for figure in re.findall(r"\w+ AP50 [\d.]+", text))
 
 
