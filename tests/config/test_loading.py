@@ -305,5 +305,5 @@ def test_the_global_of_maskrcnn_benchmark():
     own.merge_from_list(["MODEL.DEVICE", "cpu", "SOLVER.STEPS", "(1, 2)"])
     assert own == load_config("quick_start", ["MODEL.DEVICE", "cpu", "SOLVER.STEPS", "(1, 2)"])
     assert cfg == load_config()
-    with pytest.raises(ConfigError, match="unknown key MODEL.DEVISE"):
+    with pytest.raises(ConfigError, match=r"unknown key MODEL\.DEVISE"):
         own.merge_from_list(["MODEL.DEVISE", "cpu"])
