@@ -28,7 +28,8 @@ COMMANDS = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command; `argv` is its name and arguments, by default those of the process."""
-    name, *rest = sys.argv[1:] if argv is None else argv or [""]
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name, rest = arguments[0] if arguments else "--help", arguments[1:]
     if name in COMMANDS:
         module = command(name)
         parser = describe(argparse.ArgumentParser, module, prog=f"fastrcnn {name}")
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with exit_on_user_error():
             module.run(args)
     else:
-        whole_parser().parse_args([name, *rest] if name else ["--help"])
+        whole_parser().parse_args([name, *rest])
 
 
 def command(name: str) -> ModuleType:

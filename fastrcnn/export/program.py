@@ -1,7 +1,9 @@
 """Detectors as programs of torch.export, and as files that need PyTorch and torchvision alone."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,7 @@ def export_program(cfg: Any, model: nn.Module, keep: Sequence[Any] = ()) -> Expo
     least = -(-MIN_SIDE // unit)
     shape = {0: batch, 2: unit * Dim("rows", min=least), 3: unit * Dim("columns", min=least)}
     # oblivious: else sides of 1, which coarse levels of small images have, would be excluded
-    with torch.no_grad(), shapes_config.patch(backed_size_oblivious=True):
+    with torch.no_grad(), shapes_config.patch(backed_size_oblivious=True), _without_others_warnings():
         program = torch.export.export(
             module,
             example_inputs(cfg, module.mean.device),
@@ -98,13 +100,24 @@ def metadata(cfg: Any, categories: Mapping[int, str]) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _without_others_warnings() -> Iterator[None]:
+    """Hides two warnings of torchvision and torch about themselves, which no user can do anything about."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`create_unbacked_symint` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "No complete tensor found in the group", UserWarning)
+        yield
+
+
 def export_pt2(cfg: Any, model: nn.Module, categories: Mapping[int, str], path: str | Path) -> None:
     """Writes a file that `torch.export.load` reads; the metadata is its extra file `METADATA`.
 
     ValueError unless the path ends in .pt2; ConfigError as of `export_program`.
     """
     path = _checked(path)
-    torch.export.save(export_program(cfg, model), path, extra_files={METADATA: json.dumps(metadata(cfg, categories))})
+    program = export_program(cfg, model)
+    with _without_others_warnings():
+        torch.export.save(program, path, extra_files={METADATA: json.dumps(metadata(cfg, categories))})
 
 
 def export_aoti(cfg: Any, model: nn.Module, categories: Mapping[int, str], path: str | Path) -> None:
@@ -117,7 +130,7 @@ def export_aoti(cfg: Any, model: nn.Module, categories: Mapping[int, str], path:
     program = export_program(cfg, model)
     settings = {"aot_inductor.metadata": {METADATA: json.dumps(metadata(cfg, categories))}}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _without_others_warnings():
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
     except InvalidCxxCompiler as error:
         raise ValueError(
