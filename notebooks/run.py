@@ -18,7 +18,14 @@ def execute(path: Path, folder: Path) -> nbformat.NotebookNode:
     """
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources, record_timing=False).execute()
+    NotebookClient(
+        notebook,
+        timeout=600,
+        kernel_name="python3",
+        resources=resources,
+        record_timing=False,
+        coalesce_streams=True,  # else how the text is divided depends on the moment
+    ).execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":  # progress, with its times, is for those who wait
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
