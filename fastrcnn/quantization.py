@@ -5,11 +5,14 @@ channel, activations with the ranges that a calibration set shows.
 """
 
 import json
+import platform
+import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +48,8 @@ class QuantizationReport:
     """What quantisation cost and gained.
 
     ap: {dataset: {task: {"float32": AP, "int8": AP}}}, for proposals AR@100. latency: of "eager", "float32" and "int8",
-    the last two in onnxruntime, in turn on the same image. bytes: of the files "float32" and "int8".
+    the last two in onnxruntime, in turn on the same image, with `threads` threads. bytes: of the files "float32" and
+    "int8".
     """
 
     path: str
@@ -54,6 +58,9 @@ class QuantizationReport:
     ap: dict[str, dict[str, dict[str, float]]]
     latency: dict[str, Latency]
     bytes: dict[str, int]
+    processor: str
+    threads: int
+    versions: dict[str, str]
 
     @property
     def latency_ratio(self) -> float:
@@ -123,10 +130,20 @@ def quantize(
         ap=ap,
         latency=_latency(kinds, images[:1].contiguous(), sizes[:1], runs),
         bytes={"float32": plain.stat().st_size, "int8": path.stat().st_size},
+        processor=_processor(),
+        threads=torch.get_num_threads(),
+        versions={name: version(name) for name in ("fastrcnn", "torch", "onnxruntime")},
     )
     text = json.dumps(asdict(report) | {"latency_ratio": report.latency_ratio}, indent=2)
     path.with_suffix(".json").write_text(text + "\n")
     return report
+
+
+def _processor() -> str:
+    """Its name, where Linux tells it."""
+    path = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", path.read_text()) if path.is_file() else []
+    return names[0] if names else platform.machine()
 
 
 def _exported_form(module: ExportModule, images: ImageBatch) -> tuple[Tensor, Tensor]:

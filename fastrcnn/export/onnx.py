@@ -82,9 +82,10 @@ def _name_axes(file: Any) -> None:
 
 
 def load(path: str | Path) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
-    """A file of `export_onnx` as a function like `ExportModule`, on the CPU; ExportError for one that onnxruntime does
-    not run."""
+    """A file of `export_onnx` as a function like `ExportModule`, on the CPU with as many threads as PyTorch has;
+    ExportError for one that onnxruntime does not run."""
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
     # idle threads would keep the processor from what runs next, PyTorch for instance
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
