@@ -110,7 +110,7 @@ def quantize(
     plain = path.with_name(f"{path.stem}_float32.onnx")
     onnx_files.export_onnx(cfg, model, categories, plain)
     module = ExportModule(cfg, model)
-    calibrated = _quantize_file(plain, path, _calibration_set(cfg, module, calibration_images))
+    calibrated = _quantize_file(plain, path, _calibration_set(cfg, calibration_images))
     kinds: dict[str, Detect] = {"float32": onnx_files.load(plain), "int8": onnx_files.load(path)}
 
     ap: dict[str, dict[str, dict[str, float]]] = {}
@@ -121,7 +121,7 @@ def quantize(
         found = {kind: _average_precision(cfg, loader.dataset, boxlists) for kind, boxlists in predictions.items()}
         tasks = found["float32"]
         ap[loader.dataset_name] = {task: {kind: found[kind][task] for kind in kinds} for task in tasks}
-    images, sizes = _exported_form(module, next(iter(loader))[0])
+    images, sizes = _exported_form(cfg, next(iter(loader))[0])
     kinds["eager"] = lambda pixels, size: module.model(ImageBatch(module.normalised(pixels, size), size, size))
     report = QuantizationReport(
         path=str(path),
@@ -146,20 +146,18 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _exported_form(module: ExportModule, images: ImageBatch) -> tuple[Tensor, Tensor]:
-    """What the loader has normalised as the uint8 images that it was, and the sizes int64."""
-    pixels = images.pixels * module.std + module.mean
-    pixels = pixels.flip(1) if module.bgr else pixels * 255
-    return pixels.round().clamp(0, 255).byte().contiguous(), images.sizes.long()
+def _exported_form(cfg: Config, images: ImageBatch) -> tuple[Tensor, Tensor]:
+    """What the loader has normalised as the inputs of an exported model: uint8 pixels and int64 sizes."""
+    return images.to_uint8(cfg).contiguous(), images.sizes.long()
 
 
-def _calibration_set(cfg: Config, module: ExportModule, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _calibration_set(cfg: Config, count: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The first `count` images of DATASETS.TRAIN in batches, prepared as for testing."""
     cfg = cfg.clone()
     cfg.DATASETS.TEST = cfg.DATASETS.TRAIN
     for loader in make_data_loader(cfg, is_train=False):
         for images, _ in loader:
-            pixels, sizes = (value[:count] for value in _exported_form(module, images))
+            pixels, sizes = (value[:count] for value in _exported_form(cfg, images))
             yield pixels, sizes
             count -= len(sizes)
             if not count:
@@ -211,7 +209,7 @@ def _predictions(
     left = limit
     for images, ids in loader:
         ids = list(ids)[:left]
-        inputs = tuple(value[: len(ids)] for value in _exported_form(module, images))
+        inputs = tuple(value[: len(ids)] for value in _exported_form(cfg, images))
         sizes, original = images.sizes[: len(ids)], images.original_sizes[: len(ids)]
         for kind, detect in kinds.items():
             found = {"labels": None} | dict(zip(module.outputs, detect(*inputs), strict=True))

@@ -23,7 +23,7 @@ from fastrcnn.config import Config, load_config
 from fastrcnn.config.schema import leaves
 from fastrcnn.data import DataError, build_dataset
 from fastrcnn.engine import load_predictions
-from fastrcnn.evaluation import match_detections, scores_of
+from fastrcnn.evaluation import best_threshold, judge, set_aside, target_of
 from fastrcnn.structures import BoxList
 from fastrcnn.visualization import Metrics, draw_comparison, read_metrics, readable_scale
 from fastrcnn.visualization.curves import loss_names, precision_over_time
@@ -132,52 +132,6 @@ def _results(run: Path, cfg: Config, metrics: Metrics) -> dict[str, dict[str, di
         if measures:
             found[name] = measures
     return found
-
-
-@dataclass(frozen=True)
-class _Judged:
-    """The detections of an image against its objects: scores of the right and of the wrong ones."""
-
-    index: int
-    right: np.ndarray
-    wrong: np.ndarray
-    objects: int
-
-    def counts(self, threshold: float) -> tuple[int, int, int]:
-        """Right, wrong and missed."""
-        right = int((self.right >= threshold).sum())
-        return right, int((self.wrong >= threshold).sum()), self.objects - right
-
-    def f1(self, threshold: float) -> float | None:
-        """None without objects and detections."""
-        right, wrong, missed = self.counts(threshold)
-        return 2 * right / (2 * right + wrong + missed) if right + wrong + missed else None
-
-
-def _judge(index: int, target: BoxList, detections: BoxList) -> _Judged:
-    found, ignored = match_detections(target, detections, IOU)
-    scores = scores_of(detections).cpu().numpy()
-    objects = sum(not aside for aside in _aside(target))
-    return _Judged(index, scores[(found >= 0) & ~ignored], scores[found < 0], objects)
-
-
-def _aside(target: BoxList) -> list[bool]:
-    """Which objects need not be found: crowds and difficult ones."""
-    flags = [torch.as_tensor(target.get_field(f)).bool() for f in ("iscrowd", "difficult") if target.has_field(f)]
-    return torch.stack(flags).any(0).tolist() if flags else [False] * len(target)
-
-
-def best_threshold(judged: Sequence[_Judged]) -> float:
-    """The score from which on the detections of all images together have the best F1; 0.5 where none is right."""
-    scores = np.concatenate([np.concatenate([j.right, j.wrong]) for j in judged] or [np.zeros(0)])
-    correct = np.concatenate([np.repeat([True, False], [len(j.right), len(j.wrong)]) for j in judged] or [np.zeros(0)])
-    if not correct.any():
-        return 0.5
-    order = np.argsort(-scores, kind="stable")
-    scores, right = scores[order], np.cumsum(correct[order])
-    last = np.append(scores[1:] != scores[:-1], True)  # of equal scores
-    f1 = 2 * right / (np.arange(len(right)) + 1 + sum(j.objects for j in judged))
-    return float(scores[last][f1[last].argmax()])
 
 
 # ------------------------------------------------------------------------------------------------------------ sections
@@ -294,10 +248,10 @@ def _image_part(dataset: Any, folder: Path, count: int) -> tuple[dict[str, int],
     for index, detections in predictions.items():
         if index >= len(dataset):
             raise DataError(f"{file} has a prediction of image {index}, the dataset has {len(dataset)} images")
-        target = _target(dataset, index)
-        judged.append(_judge(index, target, detections))
+        target = target_of(dataset, index)
+        judged.append(judge(index, target, detections, IOU))
         labels = target.get_field("labels").tolist() if target.has_field("labels") else []
-        for label, aside in zip(labels, _aside(target), strict=True):
+        for label, aside in zip(labels, set_aside(target).tolist(), strict=True):
             objects[str(categories.get(label, label))] += not aside
     threshold = best_threshold(judged)
     ranked = [(f1, image) for image in judged if (f1 := image.f1(threshold)) is not None]
@@ -320,20 +274,12 @@ def _image_part(dataset: Any, folder: Path, count: int) -> tuple[dict[str, int],
     return objects, "".join(parts)
 
 
-def _target(dataset: Any, index: int) -> BoxList:
-    """The ground truth of an image in its own pixels."""
-    info = dataset.get_img_info(index)
-    size = (int(info["width"]), int(info["height"]))
-    target = dataset.get_groundtruth(index) if hasattr(dataset, "get_groundtruth") else dataset[index][1]
-    return target if tuple(target.size) == size else target.resize(size)
-
-
 def _picture(dataset: Any, index: int, detections: BoxList, threshold: float, f1: float) -> str:
     image = dataset[index][0]
     scale = readable_scale(detections.size, _SIDE)
     categories = getattr(dataset, "categories", {})
     picture = draw_comparison(
-        image, _target(dataset, index), detections, categories, threshold, iou_threshold=IOU, scale=scale
+        image, target_of(dataset, index), detections, categories, threshold, iou_threshold=IOU, scale=scale
     )
     for quality in _QUALITIES:
         buffer = io.BytesIO()

@@ -19,8 +19,8 @@ from fastrcnn.config import dump_config, load_config
 from fastrcnn.data import build_dataset
 from fastrcnn.data.datasets.shapes import ensure_shapes
 from fastrcnn.engine.inference import save_predictions
-from fastrcnn.evaluation import evaluate, evaluate_coco, evaluate_voc, match_detections
-from fastrcnn.report import _Judged, best_threshold, write_report
+from fastrcnn.evaluation import Judged, best_threshold, evaluate, evaluate_coco, evaluate_voc, match_detections
+from fastrcnn.report import write_report
 from fastrcnn.structures import BoxList
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -125,7 +125,7 @@ def test_best_threshold_by_brute_force():
         judged = []
         for index in range(5):
             right, wrong = (generator.integers(0, 10, generator.integers(0, 6)) / 10 for _ in range(2))
-            judged.append(_Judged(index, right, wrong, len(right) + int(generator.integers(0, 3))))
+            judged.append(Judged(index, right, wrong, len(right) + int(generator.integers(0, 3))))
 
         def f1(threshold, judged=judged):
             right, wrong, missed = np.sum([j.counts(threshold) for j in judged], 0)
@@ -133,7 +133,7 @@ def test_best_threshold_by_brute_force():
 
         scores = [score for j in judged for score in (*j.right, *j.wrong)]
         assert f1(best_threshold(judged)) == pytest.approx(max(map(f1, scores)))
-    assert best_threshold([]) == best_threshold([_Judged(0, np.zeros(0), np.ones(3), 2)]) == 0.5
+    assert best_threshold([]) == best_threshold([Judged(0, np.zeros(0), np.ones(3), 2)]) == 0.5
 
 
 # -------------------------------------------------------------------------------------------------------------- report

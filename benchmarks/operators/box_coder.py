@@ -23,6 +23,7 @@ from benchmarks.operators.case import (
     remembered,
 )
 from fastrcnn import ops
+from fastrcnn.analysis import DECODE, DECODE_AND_CLIP, ENCODE
 from fastrcnn.ops.reference import box_coder as reference_box_coder
 
 
@@ -108,7 +109,7 @@ def box_coder_case(kind: str, count: int, label: str, direction: str, compiled: 
             "decode": compile_fully(reference_box_coder.decode_boxes),
         }
         providers["compiled reference"] = directed(direction, partial(reference, **functions))
-    arithmetic = 24 if encodes else 34 if clips else 26
+    arithmetic = ENCODE if encodes else DECODE_AND_CLIP if clips else DECODE
     # forward: two arrays in, one out; backward: the gradient and both arrays in, one out
     return Case(
         op="box coder",

@@ -17,7 +17,6 @@ PADDED = 800, 1344  # the batch's image: both sides multiples of 32
 STRIDES = (4, 8, 16, 32, 64)
 ANCHOR_SIZES = (32, 64, 128, 256, 512)
 RATIOS = (0.5, 1.0, 2.0)
-PAIR = 14  # operations of an IoU test: 2 max, 2 min, 2 sub, 2 clamps, 1 mul, 2 for the union, 1 mul, 2 comparisons
 
 
 @dataclass(frozen=True)

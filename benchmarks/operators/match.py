@@ -7,7 +7,6 @@ from torchvision.models.detection._utils import Matcher
 
 from benchmarks.operators.case import (
     HEIGHT,
-    PAIR,
     STRIDES,
     WIDTH,
     Case,
@@ -22,6 +21,7 @@ from benchmarks.operators.case import (
     remembered,
 )
 from fastrcnn import ops
+from fastrcnn.analysis import PAIR
 from fastrcnn.ops.reference import anchors as reference_anchors
 from fastrcnn.ops.reference import match as reference_match
 

@@ -6,8 +6,9 @@ import torch
 import torchvision
 from torch import Tensor
 
-from benchmarks.operators.case import HEIGHT, PAIR, WIDTH, Case, Inputs, Provider, distinct, generator_of, random_boxes
+from benchmarks.operators.case import HEIGHT, WIDTH, Case, Inputs, Provider, distinct, generator_of, random_boxes
 from fastrcnn import ops
+from fastrcnn.analysis import PAIR
 from fastrcnn.ops.reference import nms as reference_nms
 
 

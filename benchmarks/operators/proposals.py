@@ -23,6 +23,7 @@ from benchmarks.operators.case import (
 )
 from benchmarks.operators.nms import check_greedy
 from fastrcnn import ops
+from fastrcnn.analysis import DECODE_AND_CLIP
 from fastrcnn.ops.reference import anchors as reference_anchors
 from fastrcnn.ops.reference import box_coder as reference_box_coder
 from fastrcnn.ops.reference import proposals as reference_proposals
@@ -140,7 +141,7 @@ def proposals_case(label: str, images: int, before: int, after: int, height: int
         providers=providers,
         check=check,
         bytes=lambda inputs: images * sum(counts) * 4 + chosen * 16 + images * after * (16 + 4 + 1),
-        operations=lambda inputs: images * sum(counts) + chosen * 34,  # a comparison each; decode and clip
+        operations=lambda inputs: images * sum(counts) + chosen * DECODE_AND_CLIP,  # a comparison each
     )
 
 

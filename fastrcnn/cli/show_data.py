@@ -16,6 +16,7 @@ from PIL import Image
 from fastrcnn.cli.common import QUICK_START, add_config_arguments
 from fastrcnn.config import Config, load_config
 from fastrcnn.data import build_dataset, make_data_loader
+from fastrcnn.evaluation import target_of
 from fastrcnn.structures import BoxList, ImageBatch, Keypoints, SegmentationMask, TargetBatch
 from fastrcnn.visualization import contact_sheet, draw_detections, readable_scale
 
@@ -108,13 +109,9 @@ def samples(cfg: Config, is_train: bool) -> Iterator[tuple[Image.Image, BoxList,
 
 def undo_normalisation(batch: ImageBatch, cfg: Config) -> list[Image.Image]:
     """The images of a batch as RGB pictures, without padding."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD))
-    pictures = []
-    for pixels, (height, width) in zip(batch.pixels, batch.sizes.tolist(), strict=True):
-        image = pixels[:, :height, :width] * std + mean
-        image = image.flip(0) if cfg.INPUT.TO_BGR255 else image * 255
-        pictures.append(Image.fromarray(image.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()))
-    return pictures
+    pixels = batch.to_uint8(cfg).permute(0, 2, 3, 1).numpy()
+    sizes = batch.sizes.tolist()
+    return [Image.fromarray(p[:height, :width].copy()) for p, (height, width) in zip(pixels, sizes, strict=True)]
 
 
 def to_boxlists(images: ImageBatch, targets: TargetBatch) -> list[BoxList]:
@@ -153,8 +150,7 @@ def describe(name: str, dataset: Any) -> str:
     for index in range(len(dataset)):
         info = dataset.get_img_info(index)
         sizes[info["width"], info["height"]] += 1
-        target = dataset.get_groundtruth(index) if hasattr(dataset, "get_groundtruth") else dataset[index][1]
-        target = target.convert("xyxy")
+        target = target_of(dataset, index).convert("xyxy")
         own = target.get_field("labels").tolist()
         labels.update(own)
         seen.update(set(own))

@@ -15,16 +15,18 @@ from fastrcnn.evaluation.coco import (
     coco_from_targets,
     evaluate_coco,
     image_id_of,
-    match_detections,
-    scores_of,
+    target_of,
     to_coco_results,
 )
+from fastrcnn.evaluation.images import Judged, best_threshold, judge, match_detections, scores_of, set_aside
 from fastrcnn.evaluation.masks import encode_masks
 from fastrcnn.evaluation.proposals import evaluate_proposals
 from fastrcnn.evaluation.voc import evaluate_voc
 from fastrcnn.structures import BoxList
 
 __all__ = [
+    "Judged",
+    "best_threshold",
     "check_expected_results",
     "encode_masks",
     "evaluate",
@@ -32,8 +34,11 @@ __all__ = [
     "evaluate_coco",
     "evaluate_proposals",
     "evaluate_voc",
+    "judge",
     "match_detections",
     "scores_of",
+    "set_aside",
+    "target_of",
     "to_coco_results",
 ]
 

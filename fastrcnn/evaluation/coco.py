@@ -87,44 +87,6 @@ def save_curves(
     )
 
 
-def match_detections(target: BoxList, detections: BoxList, iou_threshold: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
-    """Which object each detection of an image finds: (found int64 [D], ignored bool [D]).
-
-    found: index in `target`, −1 for none. COCO's rule at one IoU of boxes: the best scores first, each takes the free
-    object of its class that it overlaps most. One that finds none, but lies on a crowd (field iscrowd; the share of
-    the detection counts) or finds a difficult object (field difficult), is ignored: neither right nor wrong. Boxes
-    without labels are all of one class.
-    """
-    count, objects = len(detections), len(target)
-    found, ignored = np.full(count, -1), np.zeros(count, dtype=bool)
-    aside = np.zeros(objects, dtype=bool)
-    crowd = np.asarray(target.get_field("iscrowd"), dtype=bool) if target.has_field("iscrowd") else aside
-    aside = aside | crowd
-    if target.has_field("difficult"):
-        aside = aside | np.asarray(target.get_field("difficult"), dtype=bool)
-    if not count or not objects:
-        return found, ignored
-    ious = pycocotools.mask.iou(_xywh(detections).numpy(), _xywh(target).numpy(), crowd.astype(np.uint8))
-    if detections.has_field("labels") and target.has_field("labels"):
-        same = np.asarray(detections.get_field("labels"))[:, None] == np.asarray(target.get_field("labels"))[None]
-        ious = np.where(same, ious, -1)
-    free = ~aside
-    for number in scores_of(detections).argsort(descending=True, stable=True).tolist():
-        for candidates in (free, aside):
-            overlaps = np.where(candidates, ious[number], -1)
-            best = int(overlaps.argmax())
-            if overlaps[best] >= iou_threshold:
-                found[number], ignored[number] = best, aside[best]
-                free[best] = False
-                break
-    return found, ignored
-
-
-def scores_of(boxlist: BoxList) -> torch.Tensor:
-    """float32 [N]: field scores, of proposals objectness."""
-    return boxlist.get_field("scores" if boxlist.has_field("scores") else "objectness")
-
-
 def _coco(images: list[dict], annotations: list[dict], categories: list[dict]) -> COCO:
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
@@ -194,7 +156,7 @@ def _rows(dataset: Any, index: int, boxlist: BoxList, iou_type: str) -> Iterator
             raise ValueError(f"prediction {index} has no field {field!r}, which {iou_type} results need")
     values: list[dict]
     if iou_type == "bbox":
-        values = [{"bbox": box} for box in _xywh(boxlist).tolist()]
+        values = [{"bbox": box} for box in rounded_xywh(boxlist).tolist()]
     elif iou_type == "segm":
         values = [{"segmentation": code} for code in boxlist.get_field("rle")]
     else:
@@ -212,7 +174,7 @@ def _rows(dataset: Any, index: int, boxlist: BoxList, iou_type: str) -> Iterator
         yield image_id, label if to_json is None else to_json[label], value, score
 
 
-def _xywh(boxlist: BoxList) -> torch.Tensor:
+def rounded_xywh(boxlist: BoxList) -> torch.Tensor:
     """float64 [N,4], rounded to 0.001 pixels: the error of float32 corners would flip IoUs that lie on a threshold."""
     boxes = boxlist.convert("xyxy").bbox.double()
     return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).round(decimals=3)
@@ -232,22 +194,26 @@ def image_id_of(dataset: Any, index: int) -> int:
     return index if ids is None else ids[index]
 
 
-def coco_from_targets(dataset: Any) -> COCO:
-    """The targets of any dataset as a COCO object in memory, with the ids that `to_coco_results` gives.
+def target_of(dataset: Any, index: int) -> BoxList:
+    """The ground truth of an image in its original pixels: `get_groundtruth(index)` where there is one, which reads no
+    image, else the target of `dataset[index]`."""
+    info = dataset.get_img_info(index)
+    size = (int(info["width"]), int(info["height"]))
+    target = dataset.get_groundtruth(index) if hasattr(dataset, "get_groundtruth") else dataset[index][1]
+    return target if tuple(target.size) == size else target.resize(size)
 
-    Reads `get_groundtruth(i)` where there is one, else the target of `dataset[i]`, resized to the original image.
-    """
+
+def coco_from_targets(dataset: Any) -> COCO:
+    """The targets of any dataset, as of `target_of`, as a COCO object in memory, with the ids that `to_coco_results`
+    gives."""
     images, annotations = [], []
     for index in range(len(dataset)):
-        target = dataset.get_groundtruth(index) if hasattr(dataset, "get_groundtruth") else dataset[index][1]
-        info = dataset.get_img_info(index)
-        size = (int(info["width"]), int(info["height"]))
-        target = (target if tuple(target.size) == size else target.resize(size)).convert("xyxy")
+        target = target_of(dataset, index).convert("xyxy")
         target = target[target.bbox.isfinite().all(1)]
         inside = target.clip_to_image(remove_empty=False).bbox
         target = target[(inside[:, 2:] > inside[:, :2]).all(1)]  # the loader leaves these boxes out as well
         image_id = image_id_of(dataset, index)
-        images.append({"id": image_id, "width": size[0], "height": size[1]})
+        images.append({"id": image_id, "width": target.size[0], "height": target.size[1]})
         annotations += [{"image_id": image_id, **annotation} for annotation in _annotations(dataset, target)]
     for number, annotation in enumerate(annotations, 1):
         annotation["id"] = number
@@ -265,7 +231,7 @@ def coco_from_targets(dataset: Any) -> COCO:
 
 def _annotations(dataset: Any, target: BoxList) -> Iterator[dict]:
     to_json = getattr(dataset, "contiguous_category_id_to_json_id", None) or {}
-    boxes = _xywh(target)
+    boxes = rounded_xywh(target)
     sides, areas = boxes.tolist(), boxes[:, 2:].prod(1).tolist()
     crowd = target.get_field("iscrowd").tolist() if target.has_field("iscrowd") else [0] * len(target)
     codes = _codes(target.get_field("masks")) if target.has_field("masks") else None

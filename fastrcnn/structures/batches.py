@@ -89,6 +89,13 @@ class ImageBatch(_Batch):
         _check_images(images)
         return cls._pad([_normalise(i, cfg) for i in images], original_sizes, cfg)
 
+    def to_uint8(self, cfg: Any) -> Tensor:
+        """The pixels before normalisation, uint8 RGB [B, 3, H, W], rounded; what the padding holds means nothing."""
+        mean, std = _mean_and_std(cfg, self.pixels.device)
+        pixels = self.pixels * std + mean
+        pixels = pixels.flip(1) if cfg.INPUT.TO_BGR255 else pixels * 255
+        return pixels.round().clamp(0, 255).byte()
+
     @classmethod
     def _pad(cls, images: Sequence[Tensor], original_sizes: Sequence[tuple[int, int]], cfg: Any) -> Self:
         divisor = max(cfg.DATALOADER.SIZE_DIVISIBILITY, 1)
@@ -114,10 +121,13 @@ def _normalise(image: Tensor, cfg: Any) -> Tensor:
     """uint8 RGB [3, h, w] -> float32, in the channel order, range, mean and deviation that the weights expect."""
     image = image.float()
     image = image.flip(0) if cfg.INPUT.TO_BGR255 else image / 255
-    mean, std = (
-        torch.tensor(v, device=image.device)[:, None, None] for v in (cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD)
-    )
+    mean, std = _mean_and_std(cfg, image.device)
     return (image - mean) / std
+
+
+def _mean_and_std(cfg: Any, device: torch.device) -> list[Tensor]:
+    """[3, 1, 1] each, in the channel order that the weights expect."""
+    return [torch.tensor(v, device=device)[:, None, None] for v in (cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD)]
 
 
 @dataclass

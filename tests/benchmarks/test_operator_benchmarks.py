@@ -10,11 +10,12 @@ import torch
 from benchmarks import operators, timing
 from benchmarks.operators.anchors import anchors_case
 from benchmarks.operators.box_coder import box_coder_case
-from benchmarks.operators.case import PAIR, distinct, random_boxes, relative_error
+from benchmarks.operators.case import distinct, random_boxes, relative_error
 from benchmarks.operators.match import match_case
 from benchmarks.operators.nms import check_greedy, pair_tests
 from benchmarks.operators.roi_align import Pooling, roi_align_bytes, roi_align_case, roi_align_taps
 from benchmarks.test_operators import measure, unsuited
+from fastrcnn.analysis import PAIR
 
 CPU = torch.device("cpu")
 CASES = operators.cases("cpu")

@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from support import TINY
 
 import fastrcnn
-from fastrcnn.cli import demo
+from fastrcnn.cli import demo, demo_inputs
 from fastrcnn.coco_demo import mask_montage
 from fastrcnn.config import dump_config
 from fastrcnn.visualization import KEYPOINT_LOGIT
@@ -270,7 +270,7 @@ def test_decoding_runs_ahead_of_the_model(command, monkeypatch):
     for number in range(8):
         save(f"photos/{number}.png", number)
     events, third = [], threading.Event()
-    read, predict = demo.read_image, fastrcnn.Predictor._predict
+    read, predict = demo_inputs.read_image, fastrcnn.Predictor._predict
 
     def recorded_read(path):
         events.append(f"read {path.stem}")
@@ -283,7 +283,7 @@ def test_decoding_runs_ahead_of_the_model(command, monkeypatch):
         events.append("model")
         return predict(self, images)
 
-    monkeypatch.setattr(demo, "read_image", recorded_read)
+    monkeypatch.setattr(demo_inputs, "read_image", recorded_read)
     monkeypatch.setattr(fastrcnn.Predictor, "_predict", recorded_predict)
     assert command("photos", *ALL)[0] == 0
     assert events.index("read 2") < events.index("model")

@@ -229,3 +229,12 @@ def test_keypoints_return_to_the_original_images(count, kind):
     assert (points.keypoints == torch.tensor([5.0, 40, 1])).all()
     assert torch.equal(first.get_field("keypoint_scores"), detections.keypoint_scores[0, :2])
     assert second.get_field("keypoints").keypoints.shape == (0, count, 3)
+
+
+@pytest.mark.parametrize("bgr", [False, True])
+def test_normalisation_is_undone(bgr):
+    cfg = fastrcnn.load_config("quick_start", ["INPUT.TO_BGR255", bgr, "INPUT.PIXEL_STD", "(1.0, 2.0, 3.0)"])
+    images = [torch.randint(256, size, dtype=torch.uint8) for size in ((3, 40, 50), (3, 33, 64))]
+    batch = ImageBatch.from_tensors(images, [tuple(image.shape[1:]) for image in images], cfg)
+    for got, image in zip(batch.to_uint8(cfg), images, strict=True):
+        assert torch.equal(got[:, : image.shape[1], : image.shape[2]], image)
